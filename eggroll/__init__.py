@@ -1,0 +1,19 @@
+"""EGGROLL: Evolution Strategies with low-rank perturbations, for any network and any fitness."""
+
+from eggroll.evolution import Evolution
+from eggroll.fitness import SHAPINGS, FitnessError, accuracy, cross_entropy
+from eggroll.model import MLP, plain_linear
+from eggroll.population import Population, PopulationError, reference_forward
+
+__all__ = [
+    "MLP",
+    "SHAPINGS",
+    "Evolution",
+    "FitnessError",
+    "Population",
+    "PopulationError",
+    "accuracy",
+    "cross_entropy",
+    "plain_linear",
+    "reference_forward",
+]

@@ -1,0 +1,96 @@
+"""What members are scored by, and how scores are shaped before they weigh the noise.
+
+Higher is better, everywhere. Letters: P members, B examples, C classes. Members 2k and 2k+1 are
+the two signs of antithetic pair k.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# logits (P, B, C), labels (B,) -> (P, B), one score per member and example, or (P,), one per member
+Fitness = Callable[[Tensor, Tensor], Tensor]
+Shaping = Callable[[Tensor], Tensor]
+
+
+class FitnessError(ValueError):
+    """A fitness function gave scores that cannot be used: wrong shape, or not finite."""
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Raw accuracy: 1 where the largest logit is the label's, else 0. Shape (P, B)."""
+    return (logits.argmax(-1) == labels).to(logits.dtype)
+
+
+def cross_entropy(temperature: float = 1.0) -> Fitness:
+    """Log-likelihood of the label, in nats, of softmax(logits / temperature). Shape (P, B)."""
+
+    def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = F.log_softmax(logits / temperature, dim=-1)
+        return log_p.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+
+    return log_likelihood
+
+
+def member_scores(scores: Tensor, members: int) -> Tensor:
+    """One number per member, (P,): the mean over examples where a fitness gave (P, B).
+
+    Raises FitnessError where the shape is neither (P, B) nor (P,), or a score is not finite.
+    """
+    if scores.dim() not in (1, 2) or len(scores) != members:
+        raise FitnessError(
+            f"the fitness gave scores of shape {tuple(scores.shape)} for {members} members; "
+            f"return ({members}, examples) or ({members},)"
+        )
+    scores = scores.float()
+    scores = scores.mean(1) if scores.dim() == 2 else scores
+    if not torch.isfinite(scores).all():
+        bad = int((~torch.isfinite(scores)).sum())
+        raise FitnessError(
+            f"the fitness of {bad} of {members} members is not finite; training has diverged "
+            "(lower --lr or --sigma) or the fitness function divides by zero"
+        )
+    return scores
+
+
+def z_score(scores: Tensor) -> Tensor:
+    """Zero mean and unit variance over the population, (P,). A constant fitness gives zeros."""
+    centred = scores - scores.mean()
+    spread = centred.square().mean().sqrt()
+    # relative to the scores: rounding alone must not be blown up to a signal
+    floor = 1e-7 * scores.abs().max() + torch.finfo(scores.dtype).tiny
+    return torch.where(spread > floor, centred / spread.clamp_min(floor), 0.0)
+
+
+def centered_rank(scores: Tensor) -> Tensor:
+    """Ranks scaled to [-0.5, 0.5], (P,). Tied scores share the mean of their ranks.
+
+    Ties are the rule with accuracy, which takes only B + 1 values: broken by position they would
+    favour the later members (Salimans et al. 2017, arXiv 1703.03864, section 2.1, for the ranks).
+    """
+    _, place, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0) - 1
+    mean_rank = last - (counts - 1) / 2
+    return (mean_rank[place] / max(len(scores) - 1, 1) - 0.5).to(scores.dtype)
+
+
+def antithetic_sign(scores: Tensor) -> Tensor:
+    """+1 for the better member of each pair, -1 for the worse, 0 where they tie. Shape (P,)."""
+    plus, minus = scores[0::2], scores[1::2]
+    better = torch.sign(plus - minus)
+    return torch.stack([better, -better], dim=1).flatten()
+
+
+def unshaped(scores: Tensor) -> Tensor:
+    """The scores as they are: the estimate is then the fitness's own gradient."""
+    return scores
+
+
+SHAPINGS: dict[str, Shaping] = {
+    "z-score": z_score,
+    "centered-rank": centered_rank,
+    "sign": antithetic_sign,
+    "none": unshaped,
+}

@@ -1,0 +1,1 @@
+"""The experiment around the algorithm: data, flags, clocks, files, tables and plots."""

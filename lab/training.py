@@ -1,0 +1,323 @@
+"""The loop around a training method: batches, clock, evaluation, files, Ctrl-C, resumption.
+
+A script's own loop body is its method and nothing else:
+
+    with Training("backprop", config, data, network, optimizer, device) as training:
+        for images, labels in training.batches():
+            ...  # fill .grad
+            optimizer.step()
+            training.record(fitness)
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab import checkpoint
+from lab.cli import FREE_ON_RESUME, as_json, read_saved_config
+from lab.clock import Clock, device_name, peak_memory_mb
+from lab.data import Dataset
+from lab.errors import Interrupted, UserError
+from lab.evaluation import evaluate, measure
+from lab.optim import AveragedWeights, make_schedule
+from lab.progress import Progress, epoch_line, headline
+from lab.runlog import RunFolder, default_out_dir
+
+SECONDS_BETWEEN_CHECKPOINTS = 60
+
+
+class Training:
+    """One run of one method. Leaving it by an exception saves what is done; files are complete.
+
+    Raises UserError for a folder that cannot be written to or resumed from.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        config: Any,
+        data: Dataset,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        members: int = 1,
+    ):
+        flags, run = config.training, config.run
+        self.method, self.config, self.data, self.device = method, config, data, device
+        self.network, self.optimizer, self.members = network, optimizer, members
+        if flags.batch_size > len(data.train):
+            raise UserError(
+                f"--batch-size {flags.batch_size} is more than the {len(data.train):,} training "
+                f"images (try {min(128, len(data.train))})"
+            )
+        self.steps_per_epoch = -(-len(data.train) // flags.batch_size)
+        self.total_steps = flags.epochs * self.steps_per_epoch
+        self.schedule = make_schedule(optimizer, flags, self.steps_per_epoch)
+        self.average = None
+        if flags.average_weights != "none":
+            self.average = AveragedWeights(network, flags, self.total_steps)
+        out_dir = run.out_dir or default_out_dir(method, data.name, run.seed)
+        self.folder = RunFolder(out_dir, resume=run.resume, overwrite=run.overwrite)
+        self.clock = Clock(device)
+        self.step = 0
+        self.compile_seconds = self.earlier_peak_mb = 0.0
+        self.rows: list[dict[str, Any]] = []
+        self.columns: dict[str, Any] = {}  # of the method's own, for metrics.csv
+        self.fitness_sum = torch.zeros((), device=device)
+        self.present: tuple[Tensor, Tensor] | None = None  # the batch that is being trained on
+        self.stop_requested = False
+        self.saved_at = time.monotonic()
+        self.progress: Progress | None = None
+        if run.resume:
+            self._resume()
+        else:
+            self.folder.write_config(method, config, device)
+
+    # ---- what a script calls ----
+
+    def __enter__(self) -> "Training":
+        self._earlier_handler = signal.signal(signal.SIGINT, self._on_ctrl_c)
+        self.progress = Progress(self.total_steps, self.step, self.config.run.quiet)
+        self._say(headline(self.method, self.data, self.total_steps, self.members, self.step))
+        self._say(f"{device_name(self.device)}; files in {self.folder.path}")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        signal.signal(signal.SIGINT, self._earlier_handler)
+        self.progress.close(self.step)
+        if kind is None:
+            self._finish()
+        elif not issubclass(kind, (Interrupted, KeyboardInterrupt, OSError)):
+            # the weights may be ruined: keep the last good checkpoint, and say how it ended
+            self.folder.log(f"failed at step {self.step}: {error}")
+            if self.rows:
+                self._write_summary("failed")
+
+    @property
+    def epoch(self) -> int:
+        """Whole passes over the training images done so far."""
+        return self.step // self.steps_per_epoch
+
+    @contextmanager
+    def warm_up(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first batch, for one untimed pass: lazy set-up and compilation are no training."""
+        clock = Clock(self.device)
+        order = self._order(0)
+        with clock.running():
+            yield self._batch(order, 0)
+        self.optimizer.zero_grad()
+        self.compile_seconds = self.compile_seconds or clock.seconds
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every batch that is still to be trained on: images (B, 784) and labels (B,).
+
+        The order of an epoch's examples depends on the seed and the epoch alone.
+        """
+        if not self.rows:
+            self._end_of_epoch()  # epoch 0: the untrained network, where every curve begins
+        while self.step < self.total_steps:
+            order = self._order(self.epoch)
+            with self.clock.running():
+                for index in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
+                    self.present = self._batch(order, index)
+                    yield self.present
+                    if self.stop_requested or self._save_is_due():
+                        break
+            self._after_steps()
+
+    def record(self, fitness: Tensor, **columns: Any) -> None:
+        """After optimizer.step(): the step's training fitness (0-d), and columns to log."""
+        self.schedule.step()
+        self.step += 1
+        self.fitness_sum += fitness
+        self.columns = columns
+        if self.average:
+            self.average.update(self.network, self.step)
+        if self.progress.due():
+            done = (self.step - 1) % self.steps_per_epoch + 1
+            mean = self._checked(self.fitness_sum.item() / done)
+            self.progress.show(self.step, mean, self._batch_accuracy())
+
+    # ---- between batches ----
+
+    @torch.no_grad()
+    def _batch_accuracy(self) -> float:
+        """Of the network as it is, on the batch that it was just trained on."""
+        images, labels = self.present
+        return (self.network(images).argmax(-1) == labels).float().mean().item()
+
+    def _order(self, epoch: int) -> Tensor:
+        """A permutation of the training images, keyed by seed and epoch. Shape (n,)."""
+        seed = self.config.run.seed
+        # the generator uses 32 bits: what the shift pushes out of them is folded back in
+        key = ((seed << 20 | epoch) + 1) ^ ((seed >> 12) * 0x9E3779B1)
+        generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
+        return torch.randperm(len(self.data.train), generator=generator).to(self.device)
+
+    def _batch(self, order: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        size = self.config.training.batch_size
+        batch = self.data.train[order[index * size : (index + 1) * size]]
+        return self.data.scale(batch.images), batch.labels
+
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
+
+    def _after_steps(self) -> None:
+        """The clock stands: evaluate at the end of an epoch, save, and stop if Ctrl-C was hit."""
+        if self.step % self.steps_per_epoch == 0:
+            self._end_of_epoch()
+        self._checked(self.fitness_sum.item())  # a diverged state must not replace a good one
+        self._save("interrupted" if self.stop_requested else "running")
+        if self.stop_requested and self.step < self.total_steps:
+            script = Path(sys.argv[0]).name
+            raise Interrupted(
+                f"interrupted at step {self.step:,} of {self.total_steps:,}; go on with: "
+                f"python {script} --resume --out-dir {self.folder.path}"
+            )
+
+    def _end_of_epoch(self) -> None:
+        epochs = self.config.training.epochs
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "examples_forwarded": self._examples_forwarded(),
+            "train_seconds": round(self.clock.seconds, 3),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train_fitness": "",
+        }
+        if self.step:
+            mean = self.fitness_sum.item() / self.steps_per_epoch
+            row["train_fitness"] = round(self._checked(mean), 6)
+        self.fitness_sum.zero_()
+        if self.epoch % self.config.run.eval_every == 0 or self.epoch == epochs:
+            row |= self._evaluate()
+        self.rows.append(row | self.columns)
+        self._say(epoch_line(row, epochs))
+        self.folder.write_metrics(self._aligned_rows())
+
+    def _checked(self, mean_fitness: float) -> float:
+        if not math.isfinite(mean_fitness):
+            raise UserError(
+                f"training diverged: the fitness is {mean_fitness} at step {self.step:,} (try a "
+                f"smaller --lr; the last good checkpoint is in {self.folder.path})"
+            )
+        return mean_fitness
+
+    def _examples_forwarded(self) -> int:
+        """Forward passes of one example through one member so far."""
+        epochs, steps = divmod(self.step, self.steps_per_epoch)
+        examples = epochs * len(self.data.train) + steps * self.config.training.batch_size
+        return examples * self.members
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Of the averaged weights where there are some: those are reported and saved."""
+        row = evaluate(self._result, self.data)
+        if self.average:
+            row["unaveraged_test_accuracy"] = measure(self.network, self.data, self.data.test)[0]
+        return row
+
+    @property
+    def _result(self) -> nn.Module:
+        return self.average.model.module if self.average else self.network
+
+    # ---- files ----
+
+    def _aligned_rows(self) -> list[dict[str, Any]]:
+        """All rows with all columns: the method's own columns begin after epoch 0."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        return [{column: row.get(column, "") for column in columns} for row in self.rows]
+
+    def _save(self, status: str) -> None:
+        state = {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
+            "fitness_sum": self.fitness_sum,
+            "rows": self.rows,
+            "columns": self.columns,
+            "seconds": self.clock.seconds,
+            "compile_seconds": self.compile_seconds,
+            "peak_mb": self._peak_mb(),
+        }
+        checkpoint.save(self.folder.checkpoint, state)
+        self.folder.write_model(self._result)
+        self._write_summary(status)
+        self.saved_at = time.monotonic()
+
+    def _write_summary(self, status: str) -> None:
+        evaluated = [row for row in self.rows if row.get("test_accuracy", "") != ""][-1]
+        self.folder.write_summary(
+            {
+                "method": self.method,
+                "dataset": self.data.name,
+                "seed": self.config.run.seed,
+                "epochs": self.epoch,
+                "steps": self.step,
+                "population": self.members if self.members > 1 else None,
+                "test_accuracy": evaluated["test_accuracy"],
+                "validation_accuracy": evaluated["validation_accuracy"] or None,
+                "train_seconds": round(self.clock.seconds, 3),
+                "compile_seconds": round(self.compile_seconds, 3),
+                "peak_memory_mb": round(self._peak_mb(), 1),
+                "device": device_name(self.device),
+                "status": status,
+            }
+        )
+
+    def _peak_mb(self) -> float:
+        return max(self.earlier_peak_mb, peak_memory_mb(self.device))
+
+    def _resume(self) -> None:
+        saved = read_saved_config(self.folder.path)
+        if saved.get("method") != self.method:
+            raise UserError(
+                f"{self.folder.path} holds a run of {saved.get('method')}, not of {self.method}"
+            )
+        for name, value in as_json(self.config).items():
+            before = saved["flags"].get(name)
+            if name not in FREE_ON_RESUME and before != value:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(
+                    f"{flag} was {before} when this run was started and is {value} now: a resumed "
+                    "run keeps its flags (leave it out, or start another run)"
+                )
+        state = checkpoint.load(self.folder.checkpoint, self.device)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        self.step, self.rows, self.columns = state["step"], state["rows"], state["columns"]
+        self.fitness_sum = state["fitness_sum"]
+        self.clock = Clock(self.device, state["seconds"])
+        self.compile_seconds, self.earlier_peak_mb = state["compile_seconds"], state["peak_mb"]
+
+    def _finish(self) -> None:
+        self._save("finished")
+        summary = (
+            f"finished: test accuracy {self.rows[-1]['test_accuracy']:.2%} on {self.data.name}, "
+            f"{self.clock.seconds:.1f} s of training, {self._peak_mb():,.0f} MB at the peak, "
+            f"files in {self.folder.path}"
+        )
+        self._say(summary)
+
+    # ---- the screen, and Ctrl-C ----
+
+    def _say(self, text: str) -> None:
+        self.progress.line(text)
+        self.folder.log(text)
+
+    def _on_ctrl_c(self, *_: Any) -> None:
+        """Stop after the present step; a second Ctrl-C stops at once."""
+        self.stop_requested = True
+        signal.signal(signal.SIGINT, self._earlier_handler)

@@ -1,0 +1,78 @@
+"""Fitness: higher is better, ties share their rank, and bad scores are named."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from eggroll import FitnessError, accuracy, cross_entropy
+from eggroll.fitness import antithetic_sign, centered_rank, member_scores, unshaped, z_score
+
+
+def test_cross_entropy_is_the_log_likelihood_of_each_example():
+    logits, labels = torch.randn(4, 6, 10), torch.randint(0, 10, (6,))
+    for temperature in (1.0, 2.0):
+        scores = cross_entropy(temperature)(logits, labels)
+        for member in range(4):
+            expected = -F.cross_entropy(logits[member] / temperature, labels, reduction="none")
+            torch.testing.assert_close(scores[member], expected)
+
+
+def test_accuracy_counts_hits():
+    logits = F.one_hot(torch.tensor([[0, 1, 2], [0, 0, 0]]), 3).float()
+    expected = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert torch.equal(accuracy(logits, torch.tensor([0, 1, 1])), expected)
+
+
+def test_tied_scores_share_the_mean_of_their_ranks():
+    ranks = centered_rank(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0]))
+    assert torch.allclose(ranks, torch.tensor([0.25, -0.5, 0.25, -0.25, 0.25]))
+
+
+def test_centered_ranks_span_minus_half_to_half_and_ignore_position():
+    scores = torch.randn(50)
+    order = torch.randperm(50)
+    ranks = centered_rank(scores)
+    assert ranks.min() == -0.5 and ranks.max() == 0.5
+    assert torch.equal(ranks[order], centered_rank(scores[order]))
+
+
+def test_a_population_of_ties_has_no_signal():
+    ties = torch.full((8,), 0.3)
+    for shaping in (z_score, centered_rank, antithetic_sign):
+        shaped = shaping(ties)
+        assert torch.equal(shaped[0::2] - shaped[1::2], torch.zeros(4))
+
+
+def test_z_score_is_free_of_offset_and_scale():
+    scores = torch.randn(100)
+    shaped = z_score(scores)
+    assert abs(shaped.mean()) < 1e-6 and abs(shaped.square().mean() - 1) < 1e-5
+    torch.testing.assert_close(shaped, z_score(7 * scores + 3), rtol=1e-4, atol=1e-5)
+
+
+def test_sign_keeps_only_which_of_the_pair_is_better():
+    scores = torch.tensor([1.0, 0.5, 0.2, 9.0, 4.0, 4.0])
+    assert antithetic_sign(scores).tolist() == [1, -1, -1, 1, 0, 0]
+
+
+def test_unshaped_scores_are_left_alone():
+    scores = torch.randn(6)
+    assert torch.equal(unshaped(scores), scores)
+
+
+def test_scores_per_example_become_their_mean_and_scores_per_member_stay():
+    per_example = torch.randn(4, 9)
+    assert torch.equal(member_scores(per_example, 4), per_example.mean(1))
+    assert torch.equal(member_scores(per_example[:, 0], 4), per_example[:, 0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (), (4, 5, 6), (5, 4)])
+def test_scores_of_a_wrong_shape_are_named(shape):
+    with pytest.raises(FitnessError, match=r"4 members; return \(4, examples\) or \(4,\)"):
+        member_scores(torch.zeros(shape), 4)
+
+
+def test_scores_that_are_not_finite_are_counted():
+    scores = torch.tensor([0.0, float("nan"), float("inf"), 1.0])
+    with pytest.raises(FitnessError, match="2 of 4 members"):
+        member_scores(scores, 4)

@@ -1,0 +1,305 @@
+"""The harness: data, flags, files, tables."""
+
+import gzip
+import json
+import random
+import shutil
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lab import cli, data, report
+from lab.clock import Clock, peak_memory_mb
+from lab.errors import UserError
+from lab.optim import AveragedWeights, make_optimizer, make_schedule
+from lab.runlog import RunFolder, write_text
+from lab.training import Training
+
+CPU = torch.device("cpu")
+
+
+def write_idx(path, array_bytes, *shape):
+    header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
+    path.write_bytes(header + array_bytes)
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    """A folder in torchvision's layout that holds a few images."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", 80), ("t10k", 20)):
+        pixels = random.Random(prefix).randbytes(n * 784)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", pixels, n, 28, 28)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", bytes(i % 10 for i in range(n)), n)
+    return tmp_path
+
+
+# ---- data ----
+
+
+def test_files_that_are_there_are_used_without_a_network(mnist_dir):
+    digits = data.load("mnist", mnist_dir, CPU)
+    assert (len(digits.train), len(digits.validation), len(digits.test)) == (70, 10, 20)
+    assert digits.train.images.dtype == torch.uint8
+    scaled = digits.scale(digits.train.images)
+    assert abs(scaled.mean()) < 1e-4 and abs(scaled.std() - 1) < 1e-3
+
+
+def test_the_validation_split_is_fixed_and_disjoint(mnist_dir):
+    first, second = (data.load("mnist", mnist_dir, CPU) for _ in range(2))
+    assert torch.equal(first.validation.images, second.validation.images)
+    rows = {bytes(image.numpy()) for image in first.train.images}
+    assert not rows & {bytes(image.numpy()) for image in first.validation.images}
+
+
+def test_train_on_all_holds_nothing_out(mnist_dir):
+    digits = data.load("mnist", mnist_dir, CPU, train_on_all=True)
+    assert (len(digits.train), len(digits.validation)) == (80, 0)
+
+
+def test_the_sample_is_stratified_and_fixed():
+    digits = data.load("mnist-sample", Path("nowhere"), CPU, train_on_all=True)
+    assert (len(digits.train), len(digits.test)) == (4000, 1000)
+    assert digits.test.labels.bincount().tolist() == [100] * 10
+    again = data.load("mnist-sample", Path("nowhere"), CPU, train_on_all=True)
+    assert torch.equal(digits.train.images, again.train.images)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def html(path):
+    path.write_text("<html>403 Forbidden</html>" * 40)
+
+
+def wrong_size(path):
+    write_idx(path, bytes(80 * 10 * 10), 80, 10, 10)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, html, wrong_size])
+@pytest.mark.parametrize("prefix", ["train", "t10k"])
+def test_a_damaged_image_file_is_named(mnist_dir, damage, prefix):
+    bad = mnist_dir / "MNIST" / "raw" / f"{prefix}-images-idx3-ubyte"
+    damage(bad)
+    with pytest.raises(UserError, match=f"{prefix}-images-idx3-ubyte is damaged"):
+        data.load("mnist", mnist_dir, CPU)
+
+
+def test_labels_of_another_dataset_are_named(mnist_dir):
+    bad = mnist_dir / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    write_idx(bad, bytes([11] * 80), 80)
+    with pytest.raises(UserError, match=r"train-labels-idx1-ubyte is damaged.*beyond 9"):
+        data.load("mnist", mnist_dir, CPU)
+    write_idx(bad, bytes([1] * 79), 79)
+    with pytest.raises(UserError, match="79 labels for 80 images"):
+        data.load("mnist", mnist_dir, CPU)
+
+
+def test_missing_data_names_the_three_ways_out(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(data.DataMissing) as missing:
+        data.load("mnist", tmp_path, CPU)
+    text = str(missing.value)
+    assert all(way in text for way in ("put the four files", "--data-dir", "mnist-sample"))
+    assert "\n" not in text
+
+
+def test_the_data_dir_is_the_flag_then_the_variable_then_data(monkeypatch):
+    monkeypatch.setenv("MNIST_DIR", "from-variable")
+    assert data.default_data_dir(Path("typed")) == Path("typed")
+    assert data.default_data_dir(None) == Path("from-variable")
+    monkeypatch.delenv("MNIST_DIR")
+    assert data.default_data_dir(None) == Path("data")
+
+
+def test_fashion_mnist_is_read_from_its_own_folder(mnist_dir):
+    shutil.move(mnist_dir / "MNIST", mnist_dir / "FashionMNIST")
+    assert len(data.load("fashion-mnist", mnist_dir, CPU).train) == 70
+
+
+# ---- flags ----
+
+
+def test_flags_that_no_run_can_have_are_refused():
+    for flag, value, message in (
+        ("epochs", 0, "--epochs 0 is below 1"),
+        ("lr", -0.1, "--lr -0.1 is not above 0"),
+        ("momentum", -1, "--momentum -1 is negative"),
+        ("ema_decay", 1.0, "--ema-decay 1.0 is outside"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.check({flag: value})
+
+
+def test_presets_fill_only_what_was_not_typed():
+    config = cli.parse(cli.SharedConfig, "", ["--lr", "0.5"])
+    config = cli.apply_preset(config, {"lr": 0.1, "epochs": 7})
+    assert (config.training.lr, config.training.epochs) == (0.5, 7)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="try --device cpu"):
+        cli.resolve_device("cuda")
+
+
+# ---- optimizers, schedules, averages ----
+
+
+def training_flags(**values):
+    return cli.TrainingFlags(**{"epochs": 4, "lr": 1.0, **values})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("exponential", [1, 0.5, 0.25, 0.125]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.8536, 0.5, 0.1464]),
+    ],
+)
+def test_schedules_by_epoch(schedule, expected):
+    flags = training_flags(lr_schedule=schedule, lr_decay=0.5)
+    optimizer = make_optimizer(nn.Linear(2, 2), flags)
+    steps = make_schedule(optimizer, flags, steps_per_epoch=10)
+    rates = []
+    for step in range(40):
+        if step % 10 == 0:
+            rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        steps.step()
+    assert rates == pytest.approx(expected, abs=1e-4)
+
+
+def averaged(kind, values, **options):
+    network = nn.Linear(1, 1, bias=False)
+    flags = training_flags(average_weights=kind, **options)
+    average = AveragedWeights(network, flags, total_steps=len(values))
+    for step, value in enumerate(values, start=1):
+        nn.init.constant_(network.weight, value)
+        average.update(network, step)
+    return average.model.module.weight.item()
+
+
+def test_equal_average_is_the_mean_of_the_end_of_the_run():
+    assert averaged("equal", [9.0, 9.0, 1.0, 3.0], average_start=0.5) == pytest.approx(2.0)
+
+
+def test_ema_follows_the_weights():
+    expected = 1.0
+    for value in (2.0, 4.0):
+        expected = 0.9 * expected + 0.1 * value
+    assert averaged("ema", [1.0, 2.0, 4.0], ema_decay=0.9) == pytest.approx(expected)
+
+
+# ---- files ----
+
+
+def test_a_write_that_fails_leaves_the_last_complete_file(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_text(path, "complete")
+
+    def disk_full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", disk_full)  # where a full disk may first be noticed
+    with pytest.raises(OSError, match=r"No space left.*summary\.json"):
+        write_text(path, "half")
+    assert path.read_text() == "complete"
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
+        RunFolder(tmp_path, resume=False, overwrite=False)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    first = RunFolder(tmp_path, resume=False, overwrite=False)
+    with pytest.raises(UserError, match="another process"):
+        RunFolder(tmp_path, resume=False, overwrite=True)
+    del first
+
+
+def test_the_clock_counts_only_what_runs_inside_it():
+    clock = Clock(CPU, seconds=5.0)
+    assert clock.seconds == 5.0
+    with clock.running():
+        pass
+    assert 5.0 < clock.seconds < 5.5
+
+
+def test_peak_memory_sees_an_allocation():
+    before = peak_memory_mb(CPU)
+    block = torch.ones(256 << 20, dtype=torch.uint8)
+    assert peak_memory_mb(CPU) >= before
+    assert peak_memory_mb(CPU) > block.numel() / 2**20
+
+
+# ---- tables ----
+
+
+def summary(method, seed, accuracy, seconds, **values):
+    base = dict.fromkeys(report.SUMMARY_KEYS, "")
+    base |= {"dataset": "mnist", "epochs": 10, "device": "cpu", "status": "finished"}
+    base |= {"method": method, "seed": seed, "peak_memory_mb": 100.0}
+    return base | {"test_accuracy": accuracy, "train_seconds": seconds} | values
+
+
+def test_the_table_states_mean_deviation_and_ratio():
+    rows = [
+        summary("backprop", 0, 0.97, 10.0),
+        summary("backprop", 1, 0.98, 12.0),
+        summary("eggroll", 0, 0.95, 110.0, population=1000),
+    ]
+    lines = report.markdown_table(rows).splitlines()
+    assert "| 97.50 ± 0.71 % | 11.0 s | 1.0x | 100 MB |" in lines[2]
+    assert "| 1,000 | 10 | 1 | 95.00 % | 110.0 s | 10.0x |" in lines[3]
+
+
+def test_interrupted_runs_stay_out_of_the_report(tmp_path):
+    for seed, status in ((0, "finished"), (1, "interrupted")):
+        run = tmp_path / "backprop" / f"seed{seed}"
+        run.mkdir(parents=True)
+        (run / "summary.json").write_text(
+            json.dumps(summary("backprop", seed, 0.97, 1.0, status=status))
+        )
+    assert report.finished_runs(tmp_path) == [tmp_path / "backprop" / "seed0"]
+
+
+def test_gzipped_files_are_unpacked_or_reported(mnist_dir):
+    """Only the archives are there, and they are not the published ones: one line, no traceback."""
+    raw = mnist_dir / "MNIST" / "raw"
+    for path in list(raw.iterdir()):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    with pytest.raises(UserError):
+        data.load("mnist", mnist_dir, CPU)
+
+
+def test_large_seeds_do_not_share_the_order_of_the_examples():
+    """PyTorch's CPU generator takes 32 bits of its seed: a plain shift would lose the rest."""
+    training = object.__new__(Training)
+    training.data = SimpleNamespace(train=range(50))
+    training.device = CPU
+    orders = set()
+    for seed in (0, 1, 4095, 4096, 2**20, 2**32 - 1):
+        training.config = SimpleNamespace(run=SimpleNamespace(seed=seed))
+        orders |= {tuple(training._order(epoch).tolist()) for epoch in range(3)}
+    assert len(orders) == 18
