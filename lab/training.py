@@ -175,8 +175,10 @@ class Training:
         if self.step % self.steps_per_epoch == 0:
             self._end_of_epoch()
         self._checked(self.fitness_sum.item())  # a diverged state must not replace a good one
-        self._save("interrupted" if self.stop_requested else "running")
-        if self.stop_requested and self.step < self.total_steps:
+        # read once: a Ctrl-C during the save stops after the next step, and is saved as such
+        stop = self.stop_requested and self.step < self.total_steps
+        self._save("interrupted" if stop else "running")
+        if stop:
             script = Path(sys.argv[0]).name
             raise Interrupted(
                 f"interrupted at step {self.step:,} of {self.total_steps:,}; go on with: "
