@@ -4,16 +4,20 @@ python mnist_backprop.py            # 10 epochs of SGD
 python mnist_backprop.py --quick    # a few seconds
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from eggroll import MLP
+from eggroll import MLP, BackendError
+from eggroll.backends import choose_backend
 from lab import cli, data
 from lab.cli import SharedConfig
 from lab.optim import make_optimizer
-from lab.training import Training
+from lab.training import Members, Training
 
 METHOD = "backprop"
 
@@ -27,8 +31,18 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
+class BackpropFlags:
+    """How the gradient is computed."""
+
+    backend: Literal["eager", "compile"] = "eager"
+    """compile: torch.compile, which on a CUDA GPU replays the step as a captured graph."""
+
+
+@dataclass(frozen=True)
 class Config(SharedConfig):
     """Train the MLP on MNIST by backpropagation."""
+
+    backprop: BackpropFlags = field(default_factory=BackpropFlags)
 
 
 def resolve(config: Config) -> Config:
@@ -39,6 +53,18 @@ def resolve(config: Config) -> Config:
 def preset_name(config: Config) -> str:
     name = "quick" if config.run.quick else "full"
     return name + ("-sample" if config.data.dataset == data.SAMPLE else "")
+
+
+def make_loss(network: MLP, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Images (B, 784) and labels (B,) to the mean cross-entropy."""
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(network(images), labels)
+
+    if backend == "eager":
+        return loss_of
+    # reduce-overhead is torch's name for captured graphs; on a CPU it changes nothing
+    return torch.compile(loss_of, dynamic=False, mode="reduce-overhead")
 
 
 def train(config: Config, device: torch.device) -> None:
@@ -52,11 +78,15 @@ def train(config: Config, device: torch.device) -> None:
     ).to(device)
     optimizer = make_optimizer(network, config.training)
 
-    with Training(METHOD, config, digits, network, optimizer, device) as training:
+    backend = choose_backend(config.backprop.backend, device)
+    loss_of = make_loss(network, backend)
+
+    members = Members(backend=backend)
+    with Training(METHOD, config, digits, network, optimizer, device, members) as training:
         with training.warm_up() as (images, labels):
-            F.cross_entropy(network(images), labels).backward()
+            loss_of(images, labels).backward()
         for images, labels in training.batches():
-            loss = F.cross_entropy(network(images), labels)
+            loss = loss_of(images, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -74,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "mnist_backprop.py", errors=())
+    cli.run_script(main, "mnist_backprop.py", errors=(BackendError,))

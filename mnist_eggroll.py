@@ -9,13 +9,22 @@ from typing import Literal
 
 import torch
 
-from eggroll import MLP, Evolution, FitnessError, PopulationError, accuracy, cross_entropy
+from eggroll import (
+    MLP,
+    BackendError,
+    Evolution,
+    FitnessError,
+    PopulationError,
+    accuracy,
+    cross_entropy,
+)
+from eggroll.backends import choose_backend
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
 from lab import cli, data
 from lab.cli import PresetFloat, PresetInt, SharedConfig, TrainingFlags
 from lab.optim import make_optimizer
-from lab.training import Training
+from lab.training import Members, Training
 
 METHOD = "eggroll"
 
@@ -51,6 +60,11 @@ class EvolutionFlags:
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
     shaping: Literal["z-score", "centered-rank", "sign", "none"] = "z-score"
     """What is done to the population's scores before they weigh the noise."""
+    groups: int = 1
+    """Parts of the population that each see their own part of every batch: with 8, 8 times as many
+    members cost as many forward passes."""
+    backend: Literal["auto", "eager", "compile", "triton"] = "auto"
+    """auto: triton on a CUDA GPU; on a CPU compile where the run is long enough to earn it back."""
     chunk_size: int = 0
     """Members evaluated at once; changes memory and speed, never a result (0: the device's own)."""
 
@@ -69,7 +83,8 @@ def resolve(config: Config, device: torch.device) -> Config:
     """The settings of this run, with the preset's where no flag was typed."""
     config = cli.apply_preset(config, PRESETS[preset_name(config, device)])
     flags = config.evolution
-    check_population(flags.population, flags.rank, flags.sigma)  # before any data is loaded
+    # before any data is loaded
+    check_population(flags.population, flags.rank, flags.sigma, flags.groups)
     return config
 
 
@@ -100,6 +115,8 @@ def train(config: Config, device: torch.device) -> None:
     ).to(device)
     optimizer = make_optimizer(network, config.training)
     flags = config.evolution
+    passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
+    backend = choose_backend(flags.backend, device, passes)
     evolution = Evolution(
         network,
         accuracy if flags.fitness == "accuracy" else cross_entropy(flags.temperature),
@@ -108,11 +125,14 @@ def train(config: Config, device: torch.device) -> None:
         sigma=flags.sigma,
         shaping=flags.shaping,
         seed=config.run.seed,
+        groups=flags.groups,
         chunk_size=flags.chunk_size,
+        backend=backend,
     )
     keep_freed_memory()
 
-    with Training(METHOD, config, digits, network, optimizer, device, flags.population) as training:
+    members = Members(flags.population, flags.groups, backend)
+    with Training(METHOD, config, digits, network, optimizer, device, members) as training:
         with training.warm_up() as (images, labels):
             evolution.estimate(images, labels)
         evolution.step = training.step  # keys the noise: the warm-up's is drawn again
@@ -137,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "mnist_eggroll.py", errors=(FitnessError, PopulationError))
+    cli.run_script(main, "mnist_eggroll.py", errors=(BackendError, FitnessError, PopulationError))

@@ -1,13 +1,16 @@
 """EGGROLL: Evolution Strategies with low-rank perturbations, for any network and any fitness."""
 
+from eggroll.backends import BackendError
 from eggroll.evolution import Evolution
 from eggroll.fitness import SHAPINGS, FitnessError, accuracy, cross_entropy
 from eggroll.model import MLP, plain_linear
-from eggroll.population import Population, PopulationError, reference_forward
+from eggroll.perturbed import PopulationError
+from eggroll.population import Population, reference_forward
 
 __all__ = [
     "MLP",
     "SHAPINGS",
+    "BackendError",
     "Evolution",
     "FitnessError",
     "Population",

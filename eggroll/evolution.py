@@ -10,9 +10,11 @@ for inputs, labels in batches:
 import torch
 from torch import Tensor, nn
 
+from eggroll.backends import choose_backend, make_backend
 from eggroll.estimator import estimate_layer, pair_weights
 from eggroll.fitness import SHAPINGS, Fitness, member_scores
-from eggroll.population import Population, PopulationError
+from eggroll.perturbed import PopulationError
+from eggroll.population import Population
 
 
 class Evolution:
@@ -25,9 +27,12 @@ class Evolution:
     sigma       scale of the perturbations; an attribute, free to follow a schedule
     shaping     one of eggroll.fitness.SHAPINGS
     seed        keys all noise, with the step
+    groups      parts of the population that each see their own part of every batch
     chunk_size  members evaluated at once; memory and speed, never results
+    backend     one of eggroll.backends.BACKENDS
 
-    Raises PopulationError (odd population, no nn.Linear in the network, ...), ValueError (shaping).
+    Raises PopulationError (odd population, no nn.Linear in the network, ...), BackendError (one
+    that is not installed), ValueError (shaping).
     Source: Algorithm 1 of "Evolution Strategies at the Hyperscale", arXiv 2511.16652.
     """
 
@@ -41,33 +46,51 @@ class Evolution:
         sigma: float = 0.02,
         shaping: str = "z-score",
         seed: int = 0,
+        groups: int = 1,
         chunk_size: int | None = None,
+        backend: str = "eager",
     ):
         if shaping not in SHAPINGS:
             raise ValueError(f"shaping {shaping!r} is not known (try {', '.join(SHAPINGS)})")
         self.network, self.fitness = network, fitness
         self.population, self.rank, self.sigma = population, rank, sigma
-        self.shaping, self.seed, self.chunk_size = shaping, seed, chunk_size
+        self.shaping, self.seed, self.groups, self.chunk_size = shaping, seed, groups, chunk_size
         self.step = 0
-        if not self.ask().layers:
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        if not layers:
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
+        self.backend = make_backend(choose_backend(backend, layers[0].weight.device))
+        self.ask()  # raises at once what it would raise at the first step
 
     def ask(self) -> Population:
         """The members of the present step, as keys: nothing is drawn before it is used."""
         return Population(
-            self.network, self.population, self.rank, self.sigma, self.seed, self.step
+            self.network,
+            self.population,
+            self.rank,
+            self.sigma,
+            self.seed,
+            self.step,
+            self.groups,
+            self.backend.draw,
         )
 
     @torch.no_grad()
     def evaluate(self, population: Population, inputs: Tensor, labels: Tensor) -> Tensor:
         """One score per member, (P,), for inputs (B, ...) and labels, a chunk at a time.
 
-        The network's weights are read and never written. Raises FitnessError.
+        The network's weights are read and never written. Raises FitnessError, and PopulationError
+        for a batch that has fewer examples than there are groups.
         """
+        if len(inputs) < population.groups:
+            raise PopulationError(
+                f"a batch of {len(inputs)} cannot be shared among {population.groups} groups"
+            )
         scores = torch.empty(population.size, device=population.device)
         for chunk in population.chunks(self.chunk_size):
-            outputs = chunk.forward(inputs)
-            scores[chunk.members] = member_scores(self.fitness(outputs, labels), len(chunk))
+            outputs = self.backend.forward(chunk, chunk.draw(), chunk.part(inputs))
+            fitness = self.fitness(outputs, chunk.part(labels))
+            scores[chunk.members] = member_scores(fitness, len(chunk))
         return scores
 
     @torch.no_grad()
@@ -77,7 +100,7 @@ class Evolution:
         Minus, because torch's optimizers descend and fitness is to rise. The population's noise
         is drawn again from its keys.
         """
-        weights = pair_weights(scores, self.shaping, population.sigma)
+        weights = pair_weights(scores, self.shaping, population.sigma, population.groups)
         for index, layer in enumerate(population.layers):
             weight, bias = estimate_layer(layer, population.noise_blocks(index), weights)
             layer.weight.grad = weight.neg_()

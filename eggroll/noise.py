@@ -8,6 +8,7 @@ Letters: N antithetic pairs, R rank, O/I a layer's outputs/inputs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,19 @@ class LayerNoise:
         return self.a.mT @ self.b * self.rank_scale
 
 
+def concatenate(blocks: list[LayerNoise]) -> LayerNoise:
+    """The pairs of several blocks of one layer, in order."""
+    if len(blocks) == 1:
+        return blocks[0]
+    bias = None if blocks[0].bias is None else torch.cat([block.bias for block in blocks])
+    return LayerNoise(
+        torch.cat([block.a for block in blocks]), torch.cat([block.b for block in blocks]), bias
+    )
+
+
+DrawBlock = Callable[..., LayerNoise]  # as `draw_block`
+
+
 def block_size(device: torch.device | str) -> int:
     """Pairs per noise block on this device."""
     return CPU_BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK
@@ -62,21 +76,19 @@ def draw_block(
     block: int,
     pairs: int,
 ) -> LayerNoise:
-    """Gaussian noise of one layer for the first `pairs` pairs of one block.
+    """Gaussian noise of one layer for the `pairs` pairs of one block.
 
-    Drawn on the layer's device and in its dtype. A whole block is drawn even where fewer pairs
-    are wanted, so a member's noise does not depend on the size of the population.
+    Drawn on the layer's device and in its dtype.
     Source: Algorithm 1 and Eq. 6 of the paper (A, B ~ N(0, 1)).
     """
     weight = layer.weight
     generator = torch.Generator(weight.device)
     generator.manual_seed(generator_seed(seed, step, layer_index, block))
-    full = block_size(weight.device)
     out_features, in_features = weight.shape
 
     def normal(*shape: int) -> Tensor:
-        numbers = torch.empty(full, *shape, device=weight.device, dtype=weight.dtype)
-        return numbers.normal_(generator=generator)[:pairs]
+        numbers = torch.empty(pairs, *shape, device=weight.device, dtype=weight.dtype)
+        return numbers.normal_(generator=generator)
 
     a, b = normal(rank, out_features), normal(rank, in_features)
     return LayerNoise(a, b, normal(out_features) if layer.bias is not None else None)

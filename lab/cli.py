@@ -120,7 +120,7 @@ ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 # flags that may differ between a run and its resumption: they change no result
 FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
 
-AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population")
+AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population", "groups")
 ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay")
 NOT_NEGATIVE = ("momentum", "weight_decay", "seed", "chunk_size")
 PART_OF_ONE = ("ema_decay", "average_start")

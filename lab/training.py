@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ from lab.runlog import RunFolder, default_out_dir
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
+@dataclass(frozen=True)
+class Members:
+    """What is evaluated on each batch; by default the network itself, once."""
+
+    population: int = 1
+    groups: int = 1  # parts of the batch, each seen by its own part of the population
+    backend: str = "eager"
+
+
 class Training:
     """One run of one method. Leaving it by an exception saves what is done; files are complete.
 
@@ -48,7 +58,7 @@ class Training:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
-        members: int = 1,
+        members: Members = Members(),
     ):
         flags, run = config.training, config.run
         self.method, self.config, self.data, self.device = method, config, data, device
@@ -86,8 +96,11 @@ class Training:
     def __enter__(self) -> "Training":
         self._earlier_handler = signal.signal(signal.SIGINT, self._on_ctrl_c)
         self.progress = Progress(self.total_steps, self.step, self.config.run.quiet)
-        self._say(headline(self.method, self.data, self.total_steps, self.members, self.step))
-        self._say(f"{device_name(self.device)}; files in {self.folder.path}")
+        self._say(
+            headline(self.method, self.data, self.total_steps, self.members.population, self.step)
+        )
+        where = f"{device_name(self.device)}, {self.members.backend}"
+        self._say(f"{where}; files in {self.folder.path}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
@@ -217,7 +230,7 @@ class Training:
         """Forward passes of one example through one member so far."""
         epochs, steps = divmod(self.step, self.steps_per_epoch)
         examples = epochs * len(self.data.train) + steps * self.config.training.batch_size
-        return examples * self.members
+        return examples * self.members.population // self.members.groups
 
     def _evaluate(self) -> dict[str, Any]:
         """Of the averaged weights where there are some: those are reported and saved."""
@@ -265,7 +278,7 @@ class Training:
                 "seed": self.config.run.seed,
                 "epochs": self.epoch,
                 "steps": self.step,
-                "population": self.members if self.members > 1 else None,
+                "population": self.members.population if self.members.population > 1 else None,
                 "test_accuracy": evaluated["test_accuracy"],
                 "validation_accuracy": evaluated["validation_accuracy"] or None,
                 "train_seconds": round(self.clock.seconds, 3),

@@ -64,12 +64,6 @@ def test_factors_a_and_b_are_independent():
     assert correlation(noise.a, noise.b) < 0.1
 
 
-def test_noise_of_a_pair_does_not_depend_on_the_size_of_the_population(small_network):
-    small = torch.cat([b.a for b in population(small_network, 2 * CPU_BLOCK + 6).noise_blocks(0)])
-    large = torch.cat([b.a for b in population(small_network, 6 * CPU_BLOCK).noise_blocks(0)])
-    assert torch.equal(small, large[: len(small)])
-
-
 def test_members_of_a_pair_are_exactly_antithetic(small_network):
     whole = population(small_network, size=2 * CPU_BLOCK + 4, rank=2)
     for pair in (0, 3, CPU_BLOCK + 1):

@@ -17,6 +17,7 @@ from eggroll import (
     reference_forward,
 )
 from eggroll.noise import CPU_BLOCK
+from eggroll.perturbed import PerturbedLinear
 
 
 def fast_forward(population, inputs, chunk_size=None):
@@ -138,11 +139,11 @@ def test_a_network_that_merges_its_leading_axis_is_told_so():
 
 
 def test_a_foreign_layer_is_refused(small_network):
-    chunk = next(Population(small_network, 4, 1, 0.1, 0, 0).chunks())
-    from eggroll.population import PerturbedLinear
-
+    population = Population(small_network, 4, 1, 0.1, 0, 0)
+    noise = next(population.chunks()).draw()
+    linear = PerturbedLinear(population.layers, noise, population.sigma)
     with pytest.raises(PopulationError, match=r"not an nn\.Linear of the evolving network"):
-        PerturbedLinear(chunk)(nn.Linear(7, 5), torch.randn(4, 3, 7))
+        linear(nn.Linear(7, 5), torch.randn(4, 3, 7))
 
 
 def test_a_network_without_linear_layers_is_refused():

@@ -87,16 +87,17 @@ def measure() -> Step:
     population = evolution.ask()
     scores = evolution.evaluate(population, inputs, labels)
     shares = pair_weights(scores, evolution.shaping, SIGMA)
+    (noise,) = population.noise_blocks(LAYER)
     partial_sums = [
-        estimate_layer(layer, population.noise_blocks(LAYER, stop=pairs), shares[:pairs])[0]
-        for pairs in PARTIAL_SUMS
+        estimate_layer(layer, [LayerNoise(noise.a[:k], noise.b[:k])], shares[:k])[0]
+        for k in PARTIAL_SUMS
     ]
     evolution.tell(population, scores)
     torch.optim.SGD(network.parameters(), lr=LEARNING_RATE).step()
     return Step(
         population=population,
         weights=weights,
-        noise=list(population.noise_blocks(LAYER)),
+        noise=[noise],
         scores=scores,
         pair_weights=shares,
         partial_sums=partial_sums,

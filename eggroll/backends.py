@@ -1,0 +1,116 @@
+"""How a population is evaluated: plainly, compiled, or by kernels of our own. One rule chooses.
+
+eager    the plain twin: PyTorch operations, one after the other. Runs everywhere
+compile  torch.compile fuses the low-rank term with the activation that follows it. 1.2 to 1.3
+         times as fast on a CPU; the first step takes half a minute, once per machine and shape
+triton   kernels that draw the noise where they use it (NVIDIA GPUs)
+
+auto takes triton on a CUDA GPU where Triton is installed. On a CPU it takes compile where a C++
+compiler is there and the run is long enough to earn the compilation back, else eager. So it never
+makes a short run slower.
+"""
+
+import importlib.util
+import shutil
+
+import torch
+from torch import Tensor, nn
+
+from eggroll.noise import LayerNoise, draw_block
+from eggroll.population import Chunk, perturbed_forward
+
+BACKENDS = ("auto", "eager", "compile", "triton")
+
+# Forward passes of one example through one member beyond which compiling pays on a CPU: it saves
+# about 0.4 microseconds of each and costs about 25 s.
+WORTH_COMPILING = 100_000_000
+
+
+class BackendError(RuntimeError):
+    """A backend that is not known, or whose tools are not installed."""
+
+
+def choose_backend(name: str, device: torch.device, forward_passes: float = 0) -> str:
+    """The backend that `name` means for a run of so many forward passes of one example.
+
+    Raises BackendError, with what to install, where the one that was asked for is not there.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"backend {name!r} is not known (try {', '.join(BACKENDS)})")
+    if name == "auto":
+        if device.type == "cuda":
+            return "eager" if _missing("triton", device) else "triton"
+        worth = device.type == "cpu" and forward_passes > WORTH_COMPILING
+        return "compile" if worth and not _missing("compile", device) else "eager"
+    if missing := _missing(name, device):
+        raise BackendError(f"backend {name} is not available: {missing}")
+    return name
+
+
+def make_backend(name: str) -> "Eager":
+    """`name` as `choose_backend` returns it."""
+    if name == "triton":
+        from eggroll.kernels.backend import Triton  # Triton is installed on few machines
+
+        return Triton()
+    return {"eager": Eager, "compile": Compiled}[name]()
+
+
+def _missing(name: str, device: torch.device) -> str:
+    """What a backend lacks here and how to get it; empty where it can run."""
+    if name == "compile" and device.type == "cpu":
+        if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            return "torch.compile needs a C++ compiler on a CPU (Debian, Ubuntu: apt install g++)"
+    elif name == "triton":
+        if device.type != "cuda":
+            return f"its kernels need a CUDA GPU, and the device is {device.type} (try compile)"
+        if not importlib.util.find_spec("triton"):
+            return "Triton is not installed (pip install triton)"
+    return ""
+
+
+class Eager:
+    """The plain twin of every other backend."""
+
+    draw = staticmethod(draw_block)
+
+    def forward(self, chunk: Chunk, noise: list[LayerNoise], inputs: Tensor) -> Tensor:
+        """Outputs (P, B, ...) of a chunk's members for inputs (B, ...)."""
+        population = chunk.population
+        return perturbed_forward(
+            population.network, population.layers, noise, population.sigma, inputs
+        )
+
+
+class Compiled(Eager):
+    """torch.compile for the shape that comes first; any other goes through the plain twin.
+
+    A batch that is cut off at the end of an epoch, or a last block with fewer pairs, is rare: to
+    compile again for it would cost more than it saves.
+    """
+
+    def __init__(self):
+        self.compiled = torch.compile(_forward_of_tensors, dynamic=False)
+        self.shape: tuple | None = None
+
+    def forward(self, chunk: Chunk, noise: list[LayerNoise], inputs: Tensor) -> Tensor:
+        shape = (len(chunk), inputs.shape)
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            return super().forward(chunk, noise, inputs)
+        population = chunk.population
+        tensors = [(layer.a, layer.b, layer.bias) for layer in noise]
+        # a number would be compiled in, and sigma may follow a schedule
+        sigma = torch.tensor(population.sigma, device=inputs.device, dtype=inputs.dtype)
+        return self.compiled(population.network, population.layers, tensors, sigma, inputs)
+
+
+def _forward_of_tensors(
+    network: nn.Module,
+    layers: list[nn.Linear],
+    tensors: list[tuple[Tensor, Tensor, Tensor | None]],
+    sigma: Tensor,
+    inputs: Tensor,
+) -> Tensor:
+    noise = [LayerNoise(*factors) for factors in tensors]
+    return perturbed_forward(network, layers, noise, sigma, inputs)
