@@ -16,8 +16,9 @@ import shutil
 import torch
 from torch import Tensor, nn
 
-from eggroll.noise import LayerNoise, draw_block
-from eggroll.population import Chunk, perturbed_forward
+from eggroll.estimator import estimate_layer
+from eggroll.noise import LayerNoise
+from eggroll.population import Chunk, Population, draw_keyed, perturbed_forward
 
 BACKENDS = ("auto", "eager", "compile", "triton")
 
@@ -72,14 +73,23 @@ def _missing(name: str, device: torch.device) -> str:
 class Eager:
     """The plain twin of every other backend."""
 
-    draw = staticmethod(draw_block)
+    def prepare(self, population: Population) -> None:
+        """Once before a population is evaluated or estimated from: nothing to do here."""
 
-    def forward(self, chunk: Chunk, noise: list[LayerNoise], inputs: Tensor) -> Tensor:
+    def noise(self, population: Population, layer_index: int, block: int) -> LayerNoise:
+        """The noise of one block of pairs for one layer."""
+        return draw_keyed(population, layer_index, block)
+
+    def forward(self, chunk: Chunk, inputs: Tensor) -> Tensor:
         """Outputs (P, B, ...) of a chunk's members for inputs (B, ...)."""
-        population = chunk.population
-        return perturbed_forward(
-            population.network, population.layers, noise, population.sigma, inputs
-        )
+        return chunk.forward(inputs)
+
+    def estimate(
+        self, population: Population, layer_index: int, weights: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Ascent direction of one layer, (O, I) and (O,) or None, for weights (N,) of the pairs."""
+        layer = population.layers[layer_index]
+        return estimate_layer(layer, population.noise_blocks(layer_index), weights)
 
 
 class Compiled(Eager):
@@ -93,13 +103,14 @@ class Compiled(Eager):
         self.compiled = torch.compile(_forward_of_tensors, dynamic=False)
         self.shape: tuple | None = None
 
-    def forward(self, chunk: Chunk, noise: list[LayerNoise], inputs: Tensor) -> Tensor:
+    @torch.no_grad()
+    def forward(self, chunk: Chunk, inputs: Tensor) -> Tensor:
         shape = (len(chunk), inputs.shape)
         self.shape = self.shape or shape
         if shape != self.shape:
-            return super().forward(chunk, noise, inputs)
+            return super().forward(chunk, inputs)
         population = chunk.population
-        tensors = [(layer.a, layer.b, layer.bias) for layer in noise]
+        tensors = [(noise.a, noise.b, noise.bias) for noise in chunk.draw()]
         # a number would be compiled in, and sigma may follow a schedule
         sigma = torch.tensor(population.sigma, device=inputs.device, dtype=inputs.dtype)
         return self.compiled(population.network, population.layers, tensors, sigma, inputs)

@@ -7,14 +7,19 @@ for inputs, labels in batches:
     optimizer.step()
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from eggroll.backends import choose_backend, make_backend
-from eggroll.estimator import estimate_layer, pair_weights
+from eggroll.captured import CapturedStep
+from eggroll.estimator import pair_weights
 from eggroll.fitness import SHAPINGS, Fitness, member_scores
 from eggroll.perturbed import PopulationError
-from eggroll.population import Population
+from eggroll.population import Population, linear_layers
+
+CAPTURABLE = ("z-score", "sign")  # shapings that neither wait for the device nor read sigma
 
 
 class Evolution:
@@ -30,9 +35,13 @@ class Evolution:
     groups      parts of the population that each see their own part of every batch
     chunk_size  members evaluated at once; memory and speed, never results
     backend     one of eggroll.backends.BACKENDS
+    dtype       of the population's forward, where it is not the network's own: the members are
+                then perturbations of a copy, and the estimate goes to the network
+    capture     replay the step as a CUDA graph. Only with the triton backend, and only where
+                neither fitness nor shaping waits for the device
 
     Raises PopulationError (odd population, no nn.Linear in the network, ...), BackendError (one
-    that is not installed), ValueError (shaping).
+    that is not installed), ValueError (shaping, capture).
     Source: Algorithm 1 of "Evolution Strategies at the Hyperscale", arXiv 2511.16652.
     """
 
@@ -49,6 +58,8 @@ class Evolution:
         groups: int = 1,
         chunk_size: int | None = None,
         backend: str = "eager",
+        dtype: torch.dtype | None = None,
+        capture: bool = False,
     ):
         if shaping not in SHAPINGS:
             raise ValueError(f"shaping {shaping!r} is not known (try {', '.join(SHAPINGS)})")
@@ -56,24 +67,43 @@ class Evolution:
         self.population, self.rank, self.sigma = population, rank, sigma
         self.shaping, self.seed, self.groups, self.chunk_size = shaping, seed, groups, chunk_size
         self.step = 0
-        layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        if not layers:
+        if not linear_layers(network):
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
-        self.backend = make_backend(choose_backend(backend, layers[0].weight.device))
-        self.ask()  # raises at once what it would raise at the first step
+        device = linear_layers(network)[0].weight.device
+        chosen = choose_backend(backend, device)
+        self.backend = make_backend(chosen)
+        self.dtype = dtype or linear_layers(network)[0].weight.dtype
+        self.perturbed = copy.deepcopy(network).to(dtype) if dtype else network
+        self.population_in_work = self.ask()  # raises at once what the first step would raise
+        self.run = self._evaluate_and_tell
+        if capture:
+            if chosen != "triton" or shaping not in CAPTURABLE:
+                raise ValueError(
+                    f"a graph can be captured of triton with {' or '.join(CAPTURABLE)}"
+                )
+            parameters = [p for layer in linear_layers(network) for p in layer.parameters()]
+            self.run = CapturedStep(self.run, parameters)
 
     def ask(self) -> Population:
         """The members of the present step, as keys: nothing is drawn before it is used."""
-        return Population(
-            self.network,
+        if self.perturbed is not self.network:
+            with torch.no_grad():
+                for copied, own in zip(
+                    self.perturbed.parameters(), self.network.parameters(), strict=True
+                ):
+                    copied.copy_(own)
+        population = Population(
+            self.perturbed,
             self.population,
             self.rank,
             self.sigma,
             self.seed,
             self.step,
             self.groups,
-            self.backend.draw,
+            self.backend.noise,
         )
+        self.backend.prepare(population)
+        return population
 
     @torch.no_grad()
     def evaluate(self, population: Population, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -88,7 +118,7 @@ class Evolution:
             )
         scores = torch.empty(population.size, device=population.device)
         for chunk in population.chunks(self.chunk_size):
-            outputs = self.backend.forward(chunk, chunk.draw(), chunk.part(inputs))
+            outputs = self.backend.forward(chunk, chunk.part(inputs))
             fitness = self.fitness(outputs, chunk.part(labels))
             scores[chunk.members] = member_scores(fitness, len(chunk))
         return scores
@@ -101,16 +131,21 @@ class Evolution:
         is drawn again from its keys.
         """
         weights = pair_weights(scores, self.shaping, population.sigma, population.groups)
-        for index, layer in enumerate(population.layers):
-            weight, bias = estimate_layer(layer, population.noise_blocks(index), weights)
-            layer.weight.grad = weight.neg_()
+        for index, layer in enumerate(linear_layers(self.network)):
+            weight, bias = self.backend.estimate(population, index, weights)
+            layer.weight.grad = weight.neg_().to(layer.weight.dtype)
             if bias is not None:
-                layer.bias.grad = bias.neg_()
+                layer.bias.grad = bias.neg_().to(layer.bias.dtype)
         self.step = population.step + 1
 
     def estimate(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Ask, evaluate and tell on one batch; the population's mean fitness, a 0-d tensor."""
-        population = self.ask()
-        scores = self.evaluate(population, inputs, labels)
-        self.tell(population, scores)
+        self.population_in_work = self.ask()
+        fitness = self.run(inputs.to(self.dtype), labels)
+        self.step = self.population_in_work.step + 1
+        return fitness
+
+    def _evaluate_and_tell(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        scores = self.evaluate(self.population_in_work, inputs, labels)
+        self.tell(self.population_in_work, scores)
         return scores.mean()

@@ -8,7 +8,6 @@ Letters: N antithetic pairs, R rank, O/I a layer's outputs/inputs.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +55,6 @@ def concatenate(blocks: list[LayerNoise]) -> LayerNoise:
     return LayerNoise(
         torch.cat([block.a for block in blocks]), torch.cat([block.b for block in blocks]), bias
     )
-
-
-DrawBlock = Callable[..., LayerNoise]  # as `draw_block`
 
 
 def block_size(device: torch.device | str) -> int:

@@ -6,7 +6,7 @@ signs of pair k: they share the noise, so the noise is drawn and multiplied once
 Letters: P members, N pairs, B examples, O/I a layer's outputs/inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from eggroll.noise import DrawBlock, LayerNoise, block_size, concatenate, draw_block
+from eggroll.noise import LayerNoise, block_size, concatenate, draw_block
 from eggroll.perturbed import PerturbedLinear, PopulationError
 
 
@@ -38,6 +38,28 @@ def check_population(size: int, rank: int, sigma: float, groups: int = 1) -> Non
         )
 
 
+def linear_layers(network: nn.Module) -> list[nn.Linear]:
+    """Every nn.Linear, in the network's own order."""
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
+def draw_keyed(population: "Population", layer_index: int, block: int) -> LayerNoise:
+    """Noise from torch's generators, keyed as `eggroll.noise` says."""
+    start, stop = population.blocks[block]
+    return draw_block(
+        population.layers[layer_index],
+        population.rank,
+        seed=population.seed,
+        step=population.step,
+        layer_index=layer_index,
+        block=block,
+        pairs=stop - start,
+    )
+
+
+DrawNoise = Callable[["Population", int, int], LayerNoise]
+
+
 @dataclass(frozen=True)
 class Population:
     """The members of one step: `size` perturbations of a network, known by their keys alone.
@@ -45,7 +67,7 @@ class Population:
     groups  parts of the population that each see their own part of the batch: group g sees the
             examples g, g + groups, g + 2 groups, ... With 8 groups, 8 times as many members cost
             as many forward passes
-    draw    where the noise of a block comes from
+    draw    (population, layer index, block) -> the block's noise; the backend's own
 
     Raises PopulationError as `check_population` does.
     """
@@ -57,7 +79,7 @@ class Population:
     seed: int
     step: int
     groups: int = 1
-    draw: DrawBlock = draw_block
+    draw: "DrawNoise" = draw_keyed
 
     def __post_init__(self):
         check_population(self.size, self.rank, self.sigma, self.groups)
@@ -73,7 +95,7 @@ class Population:
     @cached_property
     def layers(self) -> list[nn.Linear]:
         """The layers that evolve, in the order that keys their noise: every nn.Linear."""
-        return [module for module in self.network.modules() if isinstance(module, nn.Linear)]
+        return linear_layers(self.network)
 
     @cached_property
     def device(self) -> torch.device:
@@ -91,16 +113,7 @@ class Population:
 
     def noise(self, layer_index: int, block: int) -> LayerNoise:
         """The noise of one block of pairs for one layer."""
-        start, stop = self.blocks[block]
-        return self.draw(
-            self.layers[layer_index],
-            self.rank,
-            seed=self.seed,
-            step=self.step,
-            layer_index=layer_index,
-            block=block,
-            pairs=stop - start,
-        )
+        return self.draw(self, layer_index, block)
 
     def noise_blocks(self, layer_index: int) -> Iterator[LayerNoise]:
         """One layer's noise for the whole population, block by block."""
