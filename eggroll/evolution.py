@@ -78,9 +78,8 @@ class Evolution:
         self.run = self._evaluate_and_tell
         if capture:
             if chosen != "triton" or shaping not in CAPTURABLE:
-                raise ValueError(
-                    f"a graph can be captured of triton with {' or '.join(CAPTURABLE)}"
-                )
+                allowed = " or ".join(CAPTURABLE)
+                raise ValueError(f"capture needs the triton backend and shaping {allowed}")
             parameters = [p for layer in linear_layers(network) for p in layer.parameters()]
             self.run = CapturedStep(self.run, parameters)
 

@@ -92,6 +92,20 @@ def test_cosine_with_the_true_gradient_grows_as_theory_says(pairs):
     assert abs(sum(found) / len(found) / expected - 1) < 0.1
 
 
+@pytest.mark.parametrize("shaping", ["none", "z-score"])
+def test_groups_estimate_the_gradient_of_the_whole_batch(shaping):
+    """Easy examples in one group and hard ones in another must not count as merit."""
+    network = MLP(12, 8, 5, seed=0)
+    inputs, labels = torch.randn(16, 12), torch.randint(0, 5, (16,))
+    inputs[::4] *= 3
+    true = gradient_of_fitness(network, inputs, labels)
+    options = {"population": 20_000, "groups": 4, "sigma": 0.01, "shaping": shaping}
+    found = estimate(network, inputs, labels, draws=4, **options)
+    assert cosine(found, true) > 0.97
+    if shaping == "none":
+        assert abs(found.norm() / true.norm() - 1) < 0.08
+
+
 def test_z_scored_estimate_has_the_length_of_the_unit_gradient_whatever_sigma():
     """Shaping that divides by the spread takes sigma and the gradient's length out."""
     network = MLP(12, 8, 5, seed=0)

@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import shutil
+import signal
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lab import cli, data, report
+import mnist_backprop
+from lab import checkpoint, cli, data, report
 from lab.clock import Clock, peak_memory_mb
-from lab.errors import UserError
+from lab.errors import Interrupted, UserError
 from lab.optim import AveragedWeights, make_optimizer, make_schedule
 from lab.runlog import RunFolder, write_text
 from lab.training import Training
@@ -303,3 +305,23 @@ def test_large_seeds_do_not_share_the_order_of_the_examples():
         training.config = SimpleNamespace(run=SimpleNamespace(seed=seed))
         orders |= {tuple(training._order(epoch).tolist()) for epoch in range(3)}
     assert len(orders) == 18
+
+
+def test_ctrl_c_during_a_save_ends_as_interrupted(mnist_dir, tmp_path, monkeypatch):
+    """The save that is under way says 'running': the one after the next step must correct it."""
+    flags = ["--data-dir", str(mnist_dir), "--out-dir", str(tmp_path / "run"), "--batch-size", "10"]
+    config = cli.parse(mnist_backprop.Config, "", [*flags, "--epochs", "3", "--device", "cpu"])
+    save, saves = checkpoint.save, []
+
+    def save_with_ctrl_c(path, state):
+        if not saves:
+            signal.raise_signal(signal.SIGINT)
+        saves.append(path)
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", save_with_ctrl_c)
+    with pytest.raises(Interrupted, match="--resume"):
+        mnist_backprop.train(mnist_backprop.resolve(config), CPU)
+    left = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (left["status"], len(saves)) == ("interrupted", 2)
+    assert torch.load(saves[-1], weights_only=True)["step"] == left["steps"]

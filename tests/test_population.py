@@ -171,3 +171,30 @@ def test_memory_does_not_grow_with_the_population():
     done = run_command(sys.executable, "-c", PEAKS)
     small, large = map(float, done.stdout.split())
     assert large / small < 1.05
+
+
+@pytest.mark.parametrize("examples", [12, 13])
+def test_each_group_of_members_sees_its_own_part_of_the_batch(examples):
+    """Parts may differ by one example; together they are the batch."""
+    network = MLP(7, 5, 3, seed=2)
+    inputs = torch.randn(examples, 7)
+    population = Population(network, 4 * (CPU_BLOCK + 3), 1, 0.3, 0, 0, groups=2)
+    expected = reference_forward(population, inputs).detach()
+    seen = []
+    for chunk in population.chunks(10**6):
+        part = expected[chunk.members, chunk.group :: 2]
+        torch.testing.assert_close(chunk.forward(chunk.part(inputs)), part, rtol=1e-4, atol=1e-5)
+        seen.append((chunk.group, len(chunk), part.shape[1]))
+    half = 2 * (CPU_BLOCK + 3)
+    assert seen == [(0, half, -(-examples // 2)), (1, half, examples // 2)]
+
+
+def test_groups_must_share_the_pairs_evenly(small_network):
+    with pytest.raises(PopulationError, match="try a population of 12 with 3 groups"):
+        Population(small_network, 10, 1, 0.1, 0, 0, groups=3)
+
+
+def test_a_batch_smaller_than_the_groups_is_refused(small_network):
+    evolution = Evolution(small_network, cross_entropy(), population=8, groups=4)
+    with pytest.raises(PopulationError, match="batch of 3 cannot be shared among 4 groups"):
+        evolution.estimate(torch.randn(3, 12), torch.zeros(3, dtype=torch.long))
