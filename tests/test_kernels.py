@@ -8,6 +8,7 @@ What GPUs would run is compiled for them in any case.
 import os
 import re
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from eggroll import MLP
+from eggroll import MLP, Population, PopulationError
+from eggroll.estimator import materialised_estimate
 
 triton = pytest.importorskip("triton")
 
@@ -28,6 +30,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from eggroll import kernels  # noqa: E402
 from eggroll.kernels import estimate, project, tiles, twin  # noqa: E402
+from eggroll.kernels.backend import Triton  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -422,6 +425,52 @@ def test_estimate_is_reproducible_to_the_bit():
     layer, weights = make_layer(), torch.randn(21, device=DEVICE)
     for one, two in zip(*(run_estimate(layer, weights, 2) for _ in range(2)), strict=True):
         assert torch.equal(one, two)
+
+
+@check
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("own_network", [False, True])
+def test_the_backend_evaluates_and_estimates_from_the_same_noise(groups, own_network):
+    """What the trainer calls: any network, a part of the batch for each group, several chunks."""
+    network = OwnNetwork() if own_network else make_network(bias=True)
+    population = Population(
+        network.to(DEVICE), 140, rank=2, sigma=0.1, seed=-3, step=9, groups=groups
+    )
+    backend = Triton()
+    population = replace(population, draw=backend.noise)
+    backend.prepare(population)
+    inputs = torch.randn(12, 37, device=DEVICE)
+    for chunk in population.chunks(64):
+        expected = chunk.forward(chunk.part(inputs))  # plain tensors, the kernels' noise
+        outputs = backend.forward(chunk, chunk.part(inputs))
+        torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.randn(population.pairs, device=DEVICE)
+    for index, layer in enumerate(population.layers):
+        expected = materialised_estimate(layer, population.noise_blocks(index), weights)
+        for got, wanted in zip(backend.estimate(population, index, weights), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+class OwnNetwork(nn.Module):
+    """Goes through `linear` layer by layer: only the project's own MLP is fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = make_layer(), make_layer(19, 10)
+
+    def forward(self, x, linear):
+        return linear(self.head, torch.relu(linear(self.first, x)))
+
+
+@check
+def test_the_backend_refuses_a_layer_that_was_not_called():
+    network = OwnNetwork().to(DEVICE)
+    network.forgotten = make_layer()
+    backend = Triton()
+    population = Population(network, 4, rank=1, sigma=0.1, seed=0, step=0, draw=backend.noise)
+    (chunk,) = population.chunks()
+    with pytest.raises(PopulationError, match="not called through linear"):
+        backend.forward(chunk, torch.randn(5, 37, device=DEVICE))
 
 
 @launch_free
