@@ -12,6 +12,8 @@ makes a short run slower.
 
 import importlib.util
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,36 +94,47 @@ class Eager:
         return estimate_layer(layer, population.noise_blocks(layer_index), weights)
 
 
-class Compiled(Eager):
-    """torch.compile for the shape that comes first; any other goes through the plain twin.
+class FirstShape:
+    """torch.compile of `function` for the shapes that come first; any other takes the plain twin.
 
     A batch that is cut off at the end of an epoch, or a last block with fewer pairs, is rare: to
-    compile again for it would cost more than it saves.
+    compile again for it would cost more than it saves. Numbers and lists among the arguments (a
+    layer's index, say) are compiled in, each value with a first shape of its own.
     """
 
+    def __init__(self, function: Callable[..., Tensor]):
+        self.plain = function
+        self.compiled = torch.compile(function, dynamic=False)
+        self.shapes: dict[tuple, tuple] = {}
+
+    def __call__(self, *args: Any) -> Tensor:
+        numbers = tuple(arg for arg in args if isinstance(arg, int))
+        shapes = tuple(arg.shape for arg in args if isinstance(arg, Tensor))
+        same = self.shapes.setdefault(numbers, shapes) == shapes
+        return (self.compiled if same else self.plain)(*args)
+
+
+class Compiled(Eager):
+    """The whole forward of a chunk through torch.compile."""
+
     def __init__(self):
-        self.compiled = torch.compile(_forward_of_tensors, dynamic=False)
-        self.shape: tuple | None = None
+        self.compiled = FirstShape(_forward_of_tensors)
 
     @torch.no_grad()
     def forward(self, chunk: Chunk, inputs: Tensor) -> Tensor:
-        shape = (len(chunk), inputs.shape)
-        self.shape = self.shape or shape
-        if shape != self.shape:
-            return super().forward(chunk, inputs)
         population = chunk.population
-        tensors = [(noise.a, noise.b, noise.bias) for noise in chunk.draw()]
         # a number would be compiled in, and sigma may follow a schedule
         sigma = torch.tensor(population.sigma, device=inputs.device, dtype=inputs.dtype)
-        return self.compiled(population.network, population.layers, tensors, sigma, inputs)
+        factors = [f for noise in chunk.draw() for f in (noise.a, noise.b, noise.bias)]
+        return self.compiled(population.network, population.layers, sigma, inputs, *factors)
 
 
 def _forward_of_tensors(
     network: nn.Module,
     layers: list[nn.Linear],
-    tensors: list[tuple[Tensor, Tensor, Tensor | None]],
     sigma: Tensor,
     inputs: Tensor,
+    *factors: Tensor | None,
 ) -> Tensor:
-    noise = [LayerNoise(*factors) for factors in tensors]
+    noise = [LayerNoise(*factors[i : i + 3]) for i in range(0, len(factors), 3)]
     return perturbed_forward(network, layers, noise, sigma, inputs)

@@ -48,14 +48,37 @@ def member_scores(scores: Tensor, members: int) -> Tensor:
         )
     scores = scores.float()
     scores = scores.mean(1) if scores.dim() == 2 else scores
+    _check_finite(scores)
+    return scores
+
+
+def _check_finite(scores: Tensor) -> None:
     # while a graph is captured nothing may be read; what is not finite then shows in the weights
     if not capturing() and not torch.isfinite(scores).all():
-        bad = int((~torch.isfinite(scores)).sum())
+        bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(1).sum())
         raise FitnessError(
-            f"the fitness of {bad} of {members} members is not finite; training has diverged "
+            f"the fitness of {bad} of {len(scores)} members is not finite; training has diverged "
             "(lower --lr or --sigma) or the fitness function divides by zero"
         )
-    return scores
+
+
+def example_scores(scores: Tensor, members: int, examples: int) -> Tensor:
+    """Scores of every member on every example, (P, B), as per-example credit needs them.
+
+    Raises FitnessError for a fitness of another shape, or one that is not finite.
+    """
+    if scores.dim() == 1:
+        raise FitnessError(
+            "the fitness gives one score per member, and per-example credit needs one per member "
+            f"and example, ({members}, {examples}) (use the population estimator for this fitness)"
+        )
+    if scores.shape != (members, examples):
+        raise FitnessError(
+            f"the fitness gave scores of shape {tuple(scores.shape)} for {members} members and "
+            f"{examples} examples; return ({members}, {examples})"
+        )
+    _check_finite(scores)
+    return scores.float()
 
 
 def z_score(scores: Tensor) -> Tensor:

@@ -13,6 +13,26 @@ class PopulationError(ValueError):
     """A population that cannot be, or a network that it cannot perturb."""
 
 
+def index_of(layer: nn.Linear, layers: list[nn.Linear]) -> int:
+    """Which of the evolving layers this is. Raises PopulationError where it is none of them."""
+    for index, known in enumerate(layers):
+        if known is layer:
+            return index
+    raise PopulationError(
+        f"linear() got {layer}, which is not an nn.Linear of the evolving network"
+    )
+
+
+def check_calls(layers: list[nn.Linear], called: list[bool]) -> None:
+    """Raises PopulationError for a layer that the network did not call through `linear`."""
+    for layer, was_called in zip(layers, called, strict=True):
+        if not was_called:
+            raise PopulationError(
+                f"{layer} was not called through linear(); write linear(layer, x) "
+                "instead of layer(x) in the network's forward"
+            )
+
+
 class PerturbedLinear:
     """y = x W^T +- (sigma / sqrt(R)) (x b^T) a for every member; W + sigma E is never formed.
 
@@ -46,22 +66,13 @@ class PerturbedLinear:
         return y
 
     def check_every_layer_was_called(self) -> None:
-        for layer, called in zip(self.layers, self.called, strict=True):
-            if not called:
-                raise PopulationError(
-                    f"{layer} was not called through linear(); write linear(layer, x) "
-                    "instead of layer(x) in the network's forward"
-                )
+        check_calls(self.layers, self.called)
 
     def _noise_of(self, layer: nn.Linear) -> LayerNoise:
         """A layer that is called twice keeps its noise."""
-        for index, known in enumerate(self.layers):
-            if known is layer:
-                self.called[index] = True
-                return self.noise[index]
-        raise PopulationError(
-            f"linear() got {layer}, which is not an nn.Linear of the evolving network"
-        )
+        index = index_of(layer, self.layers)
+        self.called[index] = True
+        return self.noise[index]
 
     def _shared_input(self, layer: nn.Linear, noise: LayerNoise, x: Tensor) -> Tensor:
         """Every member has the same x, (..., I): one base product and one x b^T serve them all."""

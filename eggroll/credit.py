@@ -1,0 +1,95 @@
+"""Two ways to read the fitness of members that perturb one layer each.
+
+Letters: M directions, R rank, E rows of the batch, one or more for each of its examples, O/I a
+layer's outputs/inputs, G groups of examples: example e belongs to group e modulo G.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eggroll.estimator import pair_weights
+from eggroll.projections import Projections
+
+
+def example_credit(
+    slopes: Tensor,  # (M, E), fitness of the row's own example per sigma
+    a: Tensor,  # (G, M, R, O)
+    projections: Projections,
+    rows: Tensor,  # (E, I)
+    examples: int,
+) -> Tensor:
+    """Ascent direction of the mean fitness over the examples, (O, I): per-example credit.
+
+    A member changed the fitness of example e by about slope = u_e / sqrt(R) * (A . g_e), with g_e
+    the derivative of its fitness in its pre-activations, which nobody computes. So the mean over
+    members of slope * u_e * A, over the mean of u_e^2, is g_e on average, and the layer's gradient
+    is the mean over examples of g_e h_e^T. The noise is that of O numbers for each example, where
+    the paper's estimator has that of all of the layer's weights.
+    Kin: weight perturbation read as node perturbation; activity-perturbed forward gradients, Ren
+    et al. 2022, arXiv 2210.03310.
+    """
+    members, rank = projections.u.shape[:2]
+    weights = slopes[:, None, :] * projections.u  # (M, R, E)
+    # a row that no member moves has no credit, and no say in the product with it either
+    scale = torch.where(projections.moment > 0, 1 / projections.moment, 0.0)
+    scale = scale / (members * rank**0.5)
+    credit = _weighed_directions(weights.flatten(0, 1), a.flatten(1, 2), examples) * scale[:, None]
+    return credit.T @ (rows / examples)
+
+
+def _weighed_directions(weights: Tensor, a: Tensor, examples: int) -> Tensor:
+    """The sum over k of weights[k, e] * a[group of e, k], (E, O), for (K, E) and (G, K, O).
+
+    One product for each group, for which the rows of its examples are brought together.
+    """
+    groups = len(a)
+    missing = -examples % groups  # examples that would make the groups equal
+    whole = F.pad(weights.unflatten(1, (examples, -1)), (0, 0, 0, missing))
+    by_group = whole.unflatten(1, (-1, groups)).permute(2, 1, 3, 0)  # (G, B / G, positions, K)
+    credit = torch.bmm(by_group.flatten(1, 2), a).unflatten(1, by_group.shape[1:3])
+    return credit.transpose(0, 1).flatten(0, 2)[: weights.shape[1]]
+
+
+def materialised_credit(
+    slopes: Tensor,
+    a: Tensor,
+    projections: Projections,
+    rows: Tensor,
+    examples: int,
+) -> Tensor:
+    """The plain twin of `example_credit`: one example, member and rank after the other."""
+    members, rank = projections.u.shape[:2]
+    total = rows.new_zeros(a.shape[-1], rows.shape[1])
+    for e in range(len(rows)):
+        example = e * examples // len(rows)
+        if projections.moment[e] == 0:
+            continue
+        for i in range(members):
+            for r in range(rank):
+                share = slopes[i, e] * projections.u[i, r, e] / projections.moment[e]
+                total += (
+                    share / (members * rank**0.5) * torch.outer(a[example % len(a), i, r], rows[e])
+                )
+    return total / examples
+
+
+def member_credit(
+    scores: list[Tensor],  # of each layer's members, (2 M,), both signs of a pair side by side
+    factors: list[tuple[Tensor, Tensor]],  # of each layer, A (M, R, O) and B (M, R, I)
+    shaping: str,
+    sigma: float,
+) -> list[Tensor]:
+    """Ascent direction of each layer, (O, I), by the paper's estimator: a score per member.
+
+    Scores are shaped together, so that layers keep their proportions: shaped one by one, each
+    would have an estimate of the same size. What a layer's members have in common is taken off
+    first; the mean over the layer's pairs is then the estimate.
+    """
+    centred = torch.cat([s - s.mean() for s in scores])
+    weights = pair_weights(centred, shaping, sigma).split([len(a) for a, _ in factors])
+    return [
+        torch.einsum("mro,mri->oi", a * (w * len(centred) / (2 * len(a)))[:, None, None], b)
+        / a.shape[1] ** 0.5
+        for (a, b), w in zip(factors, weights, strict=True)
+    ]

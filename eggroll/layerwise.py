@@ -1,0 +1,217 @@
+"""The trainer whose members perturb one layer each; everything before it is the network's own.
+
+evolution = LayerwiseEvolution(network, cross_entropy(), population=272)
+optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+for inputs, labels in batches:
+    evolution.estimate(inputs, labels)  # where backprop has loss.backward()
+    optimizer.step()
+
+A member that perturbs every layer is scored for all of them at once: each layer reads its merit
+through the noise of the others. A member that perturbs one layer is free of that, and cheap: what
+comes before its layer is computed once for all, so members of the head cost next to nothing.
+
+Letters: P members, M directions of one layer, B examples, E rows (examples times positions), R
+rank, O/I a layer's outputs/inputs, G groups of examples.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eggroll.backends import FirstShape
+from eggroll.centre import Centre, forward_of_members
+from eggroll.credit import example_credit, member_credit
+from eggroll.directions import KINDS, draw_directions, most_members
+from eggroll.fitness import Fitness, example_scores, member_scores
+from eggroll.noise import generator_seed
+from eggroll.perturbed import PopulationError
+from eggroll.population import linear_layers
+from eggroll.projections import SAMPLINGS, Projections, draw_projections
+
+CREDITS = ("example", "member")
+DIFFERENCES = ("central", "forward")
+
+# Members that are evaluated at once on a CPU: their activations should stay in the cache.
+CPU_CHUNK = 16
+ACCELERATOR_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The perturbations of one layer for one batch."""
+
+    index: int
+    a: Tensor  # (G, M, R, O)
+    projections: Projections
+    rows: Tensor  # (E, I)
+
+
+class LayerwiseEvolution:
+    """Evolution whose members perturb one layer each: fills `.grad` of every nn.Linear.
+
+    network     calls linear(layer, x) where it would call layer(x), and takes `linear` in forward
+    fitness     outputs (P, B, ...), labels -> (P, B), or (P,) with credit "member"
+    population  members per step, shared equally among the layers; none gets more than
+                eggroll.directions.most_members
+    credit      "example": each example is credited with its own fitness (eggroll.credit).
+                "member": the paper's estimator, one score per member
+    noise       kind of A, one of eggroll.directions.KINDS
+    sampling    kind of B, one of eggroll.projections.SAMPLINGS
+    difference  "central": members come in antithetic pairs. "forward": each is compared with the
+                unperturbed network, which halves the work where the fitness is smooth
+    groups      parts of every batch with an A of their own, whose errors average out
+    shaping     of the members' scores, for credit "member"
+    rank, sigma, seed, chunk_size  as in Evolution
+    backend     "eager" or "compile"
+
+    Raises PopulationError for a population that cannot be, ValueError for a name that is not
+    known, and for "member" with groups or forward differences.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        fitness: Fitness,
+        *,
+        population: int,
+        credit: str = "example",
+        rank: int = 1,
+        sigma: float = 0.004,
+        noise: str = "orthogonal",
+        sampling: str = "whitened",
+        difference: str = "forward",
+        groups: int = 1,
+        shaping: str = "z-score",
+        seed: int = 0,
+        chunk_size: int | None = None,
+        backend: str = "eager",
+    ):
+        _check_names(credit, noise, sampling, difference)
+        if credit == "member" and (groups > 1 or difference == "forward"):
+            raise ValueError('credit "member" takes one group and central differences')
+        if credit == "member" and sampling not in ("gaussian", "batch-subspace"):
+            raise ValueError(f'credit "member" needs a B, which {sampling} sampling does not form')
+        self.network, self.fitness, self.layers = network, fitness, linear_layers(network)
+        if not self.layers:
+            raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
+        self.population, self.credit, self.rank, self.sigma = population, credit, rank, sigma
+        self.noise, self.sampling, self.difference = noise, sampling, difference
+        self.groups, self.shaping, self.seed, self.step = groups, shaping, seed, 0
+        self.device = self.layers[0].weight.device
+        self.chunk = chunk_size or (CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK)
+        self.forward = forward_of_members
+        if backend == "compile":
+            self.forward = FirstShape(forward_of_members)
+        self.directions()  # raises at once what the first step would raise
+
+    def directions(self) -> list[int]:
+        """In how many directions each layer is perturbed: one per member, or one per pair."""
+        most = [most_members(self.noise, self.rank, layer.out_features) for layer in self.layers]
+        each = 2 if self.difference == "central" else 1
+        counts = share_equally(self.population // each, most)
+        if min(counts) < 1:
+            raise PopulationError(
+                f"population {self.population} leaves a layer without members "
+                f"(try {each * len(self.layers)} or more)"
+            )
+        return counts
+
+    @torch.no_grad()
+    def estimate(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Write -estimate into every `.grad`; the unperturbed network's mean fitness, 0-d.
+
+        Minus, because torch's optimizers descend and fitness is to rise. Raises FitnessError, and
+        PopulationError for a network that does not call each layer once through `linear`.
+        """
+        centre = Centre(self.network, inputs)
+        baseline = self._scores(centre.result, labels)
+        drawn = [self._draw(centre, index, count) for index, count in enumerate(self.directions())]
+        scores = [self._evaluate(centre, part, inputs, labels) for part in drawn]
+        if self.credit == "example":
+            estimates = [
+                example_credit(self._slopes(s, baseline), d.a, d.projections, d.rows, len(inputs))
+                for d, s in zip(drawn, scores, strict=True)
+            ]
+        else:
+            estimates = member_credit(
+                [torch.stack(s, dim=1).flatten() for s in scores],
+                [(d.a[0], d.projections.b) for d in drawn],
+                self.shaping,
+                self.sigma,
+            )
+        for layer, estimate in zip(self.layers, estimates, strict=True):
+            _write_gradient(layer, estimate)
+        self.step += 1
+        return baseline.mean()
+
+    def _draw(self, centre: Centre, index: int, count: int) -> Drawn:
+        generator = torch.Generator(self.device)
+        generator.manual_seed(generator_seed(self.seed, self.step, index, 0))
+        rows, outputs = centre.rows(index), self.layers[index].out_features
+        examples = centre.result.shape[1]
+        a = draw_directions(self.noise, self.groups, count, self.rank, outputs, rows, generator)
+        group = torch.arange(examples, device=self.device) % self.groups
+        group = group.repeat_interleave(len(rows) // examples)
+        projections = draw_projections(self.sampling, rows, group, count, self.rank, generator)
+        return Drawn(index, a, projections, rows)
+
+    def _evaluate(
+        self, centre: Centre, drawn: Drawn, inputs: Tensor, labels: Tensor
+    ) -> list[Tensor]:
+        """Scores of the members that perturb one layer, (M, B) or (M,): a tensor for each sign."""
+        moves = drawn.projections.u * (self.sigma / self.rank**0.5)
+        moves = moves.unflatten(-1, centre.inputs[drawn.index].shape[1:-1])
+        parts = list(zip(moves.split(self.chunk), drawn.a.split(self.chunk, dim=1), strict=True))
+        before = (self.network, self.layers, centre.outputs, centre.calls, drawn.index)
+        scores = []
+        for sign in (1, -1) if self.difference == "central" else (1,):
+            outputs = [self.forward(*before, sign * u, a, inputs) for u, a in parts]
+            scores.append(self._scores(torch.cat(outputs), labels))
+        return scores
+
+    def _scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        scores = self.fitness(outputs, labels)
+        if self.credit == "member":
+            return member_scores(scores, len(outputs))
+        return example_scores(scores, *outputs.shape[:2])
+
+    def _slopes(self, scores: list[Tensor], baseline: Tensor) -> Tensor:
+        """Change of each example's fitness per sigma, (M, B)."""
+        if self.difference == "central":
+            return (scores[0] - scores[1]) / (2 * self.sigma)
+        return (scores[0] - baseline) / self.sigma
+
+
+def share_equally(total: int, most: list[int | None]) -> list[int]:
+    """`total` in nearly equal shares, of which none exceeds its own `most`."""
+    shares = [0] * len(most)
+    open_shares = list(range(len(most)))
+    while open_shares and total > 0:
+        each, more = divmod(total, len(open_shares))
+        full = [i for i in open_shares if most[i] is not None and most[i] <= each + (more > 0)]
+        for place, i in enumerate(full or open_shares):
+            shares[i] = most[i] if full else each + (place < more)
+            total -= shares[i]
+        open_shares = [i for i in open_shares if i not in full] if full else []
+    return shares
+
+
+def _write_gradient(layer: nn.Linear, estimate: Tensor) -> None:
+    """`estimate` (O, I), with one more column for a bias."""
+    inputs = layer.in_features
+    layer.weight.grad = estimate[:, :inputs].neg()
+    if layer.bias is not None:
+        layer.bias.grad = estimate[:, inputs].neg()
+
+
+def _check_names(credit: str, noise: str, sampling: str, difference: str) -> None:
+    known = {
+        "credit": (credit, CREDITS),
+        "noise": (noise, KINDS),
+        "sampling": (sampling, SAMPLINGS),
+        "difference": (difference, DIFFERENCES),
+    }
+    for what, (name, names) in known.items():
+        if name not in names:
+            raise ValueError(f"{what} {name!r} is not known (try {', '.join(names)})")
