@@ -5,7 +5,7 @@ python mnist_eggroll.py --quick    # less than a minute on two cores
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from eggroll import (
     BackendError,
     Evolution,
     FitnessError,
+    LayerwiseEvolution,
     PopulationError,
     accuracy,
     cross_entropy,
@@ -23,52 +24,85 @@ from eggroll.evolution import CAPTURABLE
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
 from lab import cli, data
-from lab.cli import PresetFloat, PresetInt, SharedConfig, TrainingFlags
+from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig, TrainingFlags
 from lab.optim import make_optimizer
 from lab.training import Members, Training
 
-METHOD = "eggroll"
-
-# What runs where no flag says otherwise. gpu is the full experiment; cpu ends within 5 minutes on
-# two cores. An epoch of mnist-sample is 32 steps, so it gets more of them.
+# What runs where no flag says otherwise. Names of presets are estimator, machine and dataset. With
+# the paper's estimator, gpu is the full experiment, and cpu ends within 5 minutes on two cores. An
+# epoch of mnist-sample is 32 steps, so it gets more of them.
+PAPER = {"layers_per_member": "all", "sampling": "gaussian", "noise": "gaussian", "groups": 1}
+PAPER |= {"difference": "central", "sigma": 0.02, "temperature": 2.0}
+CREDIT = {"layers_per_member": "one", "sampling": "whitened", "noise": "orthogonal", "groups": 16}
+CREDIT |= {"difference": "forward", "sigma": 0.004, "temperature": 1.0}
 PRESETS = {
-    "gpu": {"epochs": 10, "population": 10_000, "lr": 0.05, "sigma": 0.02},
-    "cpu": {"epochs": 3, "population": 832, "lr": 0.015, "sigma": 0.02},
-    "quick": {"epochs": 1, "population": 128, "lr": 0.01, "sigma": 0.02},
-    "gpu-sample": {"epochs": 30, "population": 10_000, "lr": 0.05, "sigma": 0.02},
-    "cpu-sample": {"epochs": 30, "population": 832, "lr": 0.015, "sigma": 0.02},
-    "quick-sample": {"epochs": 10, "population": 128, "lr": 0.01, "sigma": 0.02},
+    "per-example": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 6},
+    "per-example-quick": CREDIT | {"population": 768, "lr": 0.02, "epochs": 1},
+    "per-example-sample": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 30},
+    "per-example-quick-sample": CREDIT | {"population": 768, "lr": 0.02, "epochs": 10},
+    "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
+    "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
+    "population-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
+    "population-gpu-sample": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 30},
+    "population-cpu-sample": PAPER | {"population": 832, "lr": 0.015, "epochs": 30},
+    "population-quick-sample": PAPER | {"population": 128, "lr": 0.01, "epochs": 10},
 }
+SHOWN = ("population", "groups", "epochs", "lr", "sigma")
+# What members that perturb all layers come with
+PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
+PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank"}
+METHODS = {"per-example": "eggroll-per-example", "population": "eggroll"}  # names in the results
 
 
 @dataclass(frozen=True)
 class EvolutionFlags:
     """The population, and how its fitness is read."""
 
+    estimator: Literal["per-example", "population"] = "per-example"
+    """population: the paper's, one score per member. per-example: every example is credited with
+    its own fitness, which takes far fewer members, and more than the paper's estimator looks at."""
     preset: Literal["auto", "gpu", "cpu"] = "auto"
-    """Which row of PRESETS decides what no flag does; auto takes the device's."""
+    """Which row of PRESETS decides for the paper's estimator what no flag does; auto takes the
+    device's."""
     population: PresetInt = None
-    """Members per step, two to each antithetic pair; an even number."""
+    """Members per step, over all groups."""
+    groups: PresetInt = None
+    """Parts of the population that each see their own part of every batch: with 8, 8 times as many
+    members cost as many forward passes."""
+    layers_per_member: Annotated[Literal["all", "one"] | None, PresetName] = None
+    """all, as in the paper, or one: each layer's merit is then not read through the others'."""
     rank: int = 1
-    """Rank of each member's perturbation of a weight matrix."""
+    """Rank of each member's perturbation of a weight matrix A^T B."""
+    noise: Annotated[Literal["gaussian", "rademacher", "orthogonal"] | None, PresetName] = None
+    """How A is drawn: gaussian, rademacher (signs) or orthogonal (signs, orthogonal members)."""
+    sampling: Annotated[Literal["gaussian", "batch-subspace", "whitened"] | None, PresetName] = None
+    """How B is drawn: gaussian, batch-subspace (gaussian in the span of what the layer reads) or
+    whitened (there, with constant effect on every example)."""
+    perturbation: Literal["low-rank", "activations"] = "low-rank"
+    """low-rank is EGGROLL. activations: signs on the layer's outputs, for comparison."""
+    difference: Annotated[Literal["central", "forward"] | None, PresetName] = None
+    """central: members in antithetic pairs. forward: each against the unperturbed network."""
     sigma: PresetFloat = None
     """Scale of the perturbations at the start, in the weights' own units."""
     sigma_decay: float = 1.0
     """Factor on sigma per epoch."""
+    population_growth: float = 1.0
+    """The population at the end of the run over the one at its start; it grows linearly."""
     fitness: Literal["cross-entropy", "accuracy"] = "cross-entropy"
-    """What a member is scored by on the batch: log-likelihood of the labels, or hits alone."""
-    temperature: float = 2.0
+    """What a member is scored by: log-likelihood of the labels, or hits alone."""
+    temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
+    label_smoothing: float = 0.0
+    """Share of the target in the cross-entropy that is spread over all classes."""
     shaping: Literal["z-score", "centered-rank", "sign", "none"] = "z-score"
-    """What is done to the population's scores before they weigh the noise."""
-    groups: int = 1
-    """Parts of the population that each see their own part of every batch: with 8, 8 times as many
-    members cost as many forward passes."""
+    """What the paper's estimator does to the scores before they weigh the noise."""
+    winsorize: float = 0.0
+    """Share of the scores at either end that is pulled in to the share's edge."""
     backend: Literal["auto", "eager", "compile", "triton"] = "auto"
     """auto: triton on a CUDA GPU; on a CPU compile where the run is long enough to earn it back."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the members' forward; the weights stay float32. auto: bfloat16 on a CUDA GPU, where it is
-    faster, and float32 on a CPU, where it is not."""
+    """Of the forward of members that perturb all layers; the weights stay float32. auto: bfloat16
+    on a CUDA GPU, where it is faster, and float32 on a CPU, where it is not."""
     chunk_size: int = 0
     """Members evaluated at once; changes memory and speed, never a result (0: the device's own)."""
 
@@ -84,34 +118,106 @@ class Config(SharedConfig):
 
 
 def resolve(config: Config, device: torch.device) -> Config:
-    """The settings of this run, with the preset's where no flag was typed."""
+    """The settings of this run, with the preset's where no flag was typed.
+
+    Raises PopulationError, before any data is loaded, for flags that do not go together.
+    """
     config = cli.apply_preset(config, PRESETS[preset_name(config, device)])
     flags = config.evolution
-    # before any data is loaded
-    check_population(flags.population, flags.rank, flags.sigma, flags.groups)
+    if flags.layers_per_member == "all":
+        for name, paper in PAPER_ONLY.items():
+            if (value := getattr(flags, name)) != paper:
+                flag = name.replace("_", "-")
+                raise PopulationError(
+                    f"--{flag} {value} needs members that perturb one layer each "
+                    "(add --layers-per-member one)"
+                )
+        check_population(flags.population, flags.rank, flags.sigma, flags.groups)
+    else:
+        make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), "eager")
     return config
 
 
 def preset_name(config: Config, device: torch.device) -> str:
-    name = "cpu" if device.type == "cpu" else "gpu"
-    if config.evolution.preset != "auto":
-        name = config.evolution.preset
+    flags, parts = config.evolution, [config.evolution.estimator]
     if config.run.quick:
-        name = "quick"
-    return name + ("-sample" if config.data.dataset == data.SAMPLE else "")
+        parts.append("quick")
+    elif flags.estimator == "population":
+        parts.append("cpu" if device.type == "cpu" else "gpu")
+        if flags.preset != "auto":
+            parts[-1] = flags.preset
+    if config.data.dataset == data.SAMPLE:
+        parts.append("sample")
+    return "-".join(parts)
 
 
-def announcement(name: str) -> str:
-    """Which preset runs, and what to type for the other."""
-    other = "cpu" if name.startswith("gpu") else "gpu"
-    values = cli.preset_values(PRESETS[name])
-    return f"preset {name} ({values}); the other one: python mnist_eggroll.py --preset {other}"
+def announcement(config: Config, name: str) -> str:
+    """Which estimator and preset run, why, and what to type for another."""
+    values = cli.preset_values({k: v for k, v in PRESETS[name].items() if k in SHOWN})
+    if config.evolution.estimator == "per-example":
+        why = (
+            "per-example credit: backprop's accuracy with few members, from the examples' own "
+            "fitness\n(the paper's estimator: python mnist_eggroll.py --estimator population)"
+        )
+    else:
+        other = "cpu" if "gpu" in name else "gpu"
+        why = (
+            "the paper's estimator: one score per member "
+            f"(its other preset: python mnist_eggroll.py --estimator population --preset {other})"
+        )
+    return f"{why}\npreset {name} ({values})"
 
 
 def dtype_name(flag: str, device: torch.device) -> str:
     if flag == "auto":
         return "bfloat16" if device.type == "cuda" else "float32"
     return flag
+
+
+def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | LayerwiseEvolution:
+    """The trainer that the flags describe, for a backend as `choose_backend` returns it."""
+    flags = config.evolution
+    device = network.layers[0].weight.device
+    shared = {
+        "population": flags.population,
+        "rank": flags.rank,
+        "sigma": flags.sigma,
+        "groups": flags.groups,
+        "shaping": flags.shaping,
+        "seed": config.run.seed,
+        "chunk_size": flags.chunk_size,
+        "winsorize": flags.winsorize,
+    }
+    fitness = cross_entropy(flags.temperature, flags.label_smoothing)
+    if flags.fitness == "accuracy":
+        fitness = accuracy
+    if flags.layers_per_member == "one":
+        return LayerwiseEvolution(
+            network,
+            fitness,
+            credit="example" if flags.estimator == "per-example" else "member",
+            noise=flags.noise,
+            sampling="activations" if flags.perturbation == "activations" else flags.sampling,
+            difference=flags.difference,
+            backend=backend,
+            **shared,
+        )
+    fixed = flags.shaping in CAPTURABLE and flags.population_growth == 1 and not flags.winsorize
+    return Evolution(
+        network,
+        fitness,
+        backend=backend,
+        dtype=torch.bfloat16 if dtype_name(flags.dtype, device) == "bfloat16" else None,
+        capture=backend == "triton" and fixed,
+        **shared,
+    )
+
+
+def grown(flags: EvolutionFlags, progress: float) -> int:
+    """The population at `progress` (0 to 1) of the run, in whole pairs of every group."""
+    whole = 2 * flags.groups
+    members = flags.population * (1 + (flags.population_growth - 1) * progress)
+    return flags.population if flags.population_growth == 1 else whole * round(members / whole)
 
 
 def train(config: Config, device: torch.device) -> None:
@@ -126,30 +232,19 @@ def train(config: Config, device: torch.device) -> None:
     optimizer = make_optimizer(network, config.training)
     flags = config.evolution
     passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
-    backend = choose_backend(flags.backend, device, passes)
-    evolution = Evolution(
-        network,
-        accuracy if flags.fitness == "accuracy" else cross_entropy(flags.temperature),
-        population=flags.population,
-        rank=flags.rank,
-        sigma=flags.sigma,
-        shaping=flags.shaping,
-        seed=config.run.seed,
-        groups=flags.groups,
-        chunk_size=flags.chunk_size,
-        backend=backend,
-        dtype=torch.bfloat16 if dtype_name(flags.dtype, device) == "bfloat16" else None,
-        capture=backend == "triton" and flags.shaping in CAPTURABLE,
-    )
+    backend = choose_backend(flags.backend, device, passes, flags.layers_per_member == "one")
+    evolution = make_evolution(config, network, backend)
     keep_freed_memory()
 
-    members = Members(flags.population, flags.groups, backend)
-    with Training(METHOD, config, digits, network, optimizer, device, members) as training:
+    members = Members(flags.population, flags.groups, flags.population_growth, backend)
+    method = METHODS[flags.estimator]
+    with Training(method, config, digits, network, optimizer, device, members) as training:
         with training.warm_up() as (images, labels):
             evolution.estimate(images, labels)
         evolution.step = training.step  # keys the noise: the warm-up's is drawn again
         for images, labels in training.batches():
             evolution.sigma = flags.sigma * flags.sigma_decay**training.epoch
+            evolution.population = grown(flags, training.step / training.total_steps)
             fitness = evolution.estimate(images, labels)
             optimizer.step()
             training.record(fitness=fitness, sigma=evolution.sigma)
@@ -161,10 +256,10 @@ def main() -> None:
     name = preset_name(config, device)
     config = resolve(config, device)
     if config.run.print_config:
-        cli.print_config(METHOD, config, device)
+        cli.print_config(METHODS[config.evolution.estimator], config, device)
         return
     if not config.run.quiet:
-        print(announcement(name), flush=True)
+        print(announcement(config, name), flush=True)
     train(config, device)
 
 

@@ -3,6 +3,7 @@
 from eggroll.backends import BackendError
 from eggroll.evolution import Evolution
 from eggroll.fitness import SHAPINGS, FitnessError, accuracy, cross_entropy
+from eggroll.layerwise import LayerwiseEvolution
 from eggroll.model import MLP, plain_linear
 from eggroll.perturbed import PopulationError
 from eggroll.population import Population, reference_forward
@@ -13,6 +14,7 @@ __all__ = [
     "BackendError",
     "Evolution",
     "FitnessError",
+    "LayerwiseEvolution",
     "Population",
     "PopulationError",
     "accuracy",

@@ -33,14 +33,23 @@ class BackendError(RuntimeError):
     """A backend that is not known, or whose tools are not installed."""
 
 
-def choose_backend(name: str, device: torch.device, forward_passes: float = 0) -> str:
+def choose_backend(
+    name: str, device: torch.device, forward_passes: float = 0, layerwise: bool = False
+) -> str:
     """The backend that `name` means for a run of so many forward passes of one example.
 
+    layerwise  for members that perturb one layer each, which have no kernels of their own
     Raises BackendError, with what to install, where the one that was asked for is not there.
     """
     if name not in BACKENDS:
         raise BackendError(f"backend {name!r} is not known (try {', '.join(BACKENDS)})")
+    if name == "triton" and layerwise:
+        raise BackendError(
+            "the triton kernels are for members that perturb all layers (try compile)"
+        )
     if name == "auto":
+        if device.type == "cuda" and layerwise:
+            return "eager" if _missing("triton", device) else "compile"
         if device.type == "cuda":
             return "eager" if _missing("triton", device) else "triton"
         worth = device.type == "cpu" and forward_passes > WORTH_COMPILING

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eggroll.backends import choose_backend, make_backend
 from eggroll.captured import CapturedStep
 from eggroll.estimator import pair_weights
-from eggroll.fitness import SHAPINGS, Fitness, member_scores
+from eggroll.fitness import SHAPINGS, Fitness, member_scores, winsorized
 from eggroll.perturbed import PopulationError
 from eggroll.population import Population, linear_layers
 
@@ -33,6 +33,7 @@ class Evolution:
     shaping     one of eggroll.fitness.SHAPINGS
     seed        keys all noise, with the step
     groups      parts of the population that each see their own part of every batch
+    winsorize   share of the scores at either end that is pulled in before they are shaped
     chunk_size  members evaluated at once; memory and speed, never results
     backend     one of eggroll.backends.BACKENDS
     dtype       of the population's forward, where it is not the network's own: the members are
@@ -56,6 +57,7 @@ class Evolution:
         shaping: str = "z-score",
         seed: int = 0,
         groups: int = 1,
+        winsorize: float = 0.0,
         chunk_size: int | None = None,
         backend: str = "eager",
         dtype: torch.dtype | None = None,
@@ -66,6 +68,7 @@ class Evolution:
         self.network, self.fitness = network, fitness
         self.population, self.rank, self.sigma = population, rank, sigma
         self.shaping, self.seed, self.groups, self.chunk_size = shaping, seed, groups, chunk_size
+        self.winsorize = winsorize
         self.step = 0
         if not linear_layers(network):
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
@@ -129,6 +132,7 @@ class Evolution:
         Minus, because torch's optimizers descend and fitness is to rise. The population's noise
         is drawn again from its keys.
         """
+        scores = winsorized(scores, self.winsorize)
         weights = pair_weights(scores, self.shaping, population.sigma, population.groups)
         for index, layer in enumerate(linear_layers(self.network)):
             weight, bias = self.backend.estimate(population, index, weights)

@@ -26,12 +26,18 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(-1) == labels).to(logits.dtype)
 
 
-def cross_entropy(temperature: float = 1.0) -> Fitness:
-    """Log-likelihood of the label, in nats, of softmax(logits / temperature). Shape (P, B)."""
+def cross_entropy(temperature: float = 1.0, label_smoothing: float = 0.0) -> Fitness:
+    """Log-likelihood of the label, in nats, of softmax(logits / temperature). Shape (P, B).
+
+    label_smoothing  share of the target that is spread evenly over all classes
+    """
 
     def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
         log_p = F.log_softmax(logits / temperature, dim=-1)
-        return log_p.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        of_label = log_p.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
+        if not label_smoothing:
+            return of_label
+        return (1 - label_smoothing) * of_label + label_smoothing * log_p.mean(-1)
 
     return log_likelihood
 
@@ -79,6 +85,14 @@ def example_scores(scores: Tensor, members: int, examples: int) -> Tensor:
         )
     _check_finite(scores)
     return scores.float()
+
+
+def winsorized(scores: Tensor, share: float) -> Tensor:
+    """Scores whose lowest and highest `share` (0 to 0.5) are pulled in to the share's edge."""
+    if not share:
+        return scores
+    low, high = torch.quantile(scores.flatten(), scores.new_tensor([share, 1 - share]))
+    return scores.clamp(low, high)
 
 
 def z_score(scores: Tensor) -> Tensor:

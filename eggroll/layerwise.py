@@ -1,6 +1,6 @@
 """The trainer whose members perturb one layer each; everything before it is the network's own.
 
-evolution = LayerwiseEvolution(network, cross_entropy(), population=272)
+evolution = LayerwiseEvolution(network, cross_entropy(), population=2304, groups=16)
 optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
 for inputs, labels in batches:
     evolution.estimate(inputs, labels)  # where backprop has loss.backward()
@@ -23,7 +23,7 @@ from eggroll.backends import FirstShape
 from eggroll.centre import Centre, forward_of_members
 from eggroll.credit import example_credit, member_credit
 from eggroll.directions import KINDS, draw_directions, most_members
-from eggroll.fitness import Fitness, example_scores, member_scores
+from eggroll.fitness import Fitness, example_scores, member_scores, winsorized
 from eggroll.noise import generator_seed
 from eggroll.perturbed import PopulationError
 from eggroll.population import linear_layers
@@ -52,16 +52,18 @@ class LayerwiseEvolution:
 
     network     calls linear(layer, x) where it would call layer(x), and takes `linear` in forward
     fitness     outputs (P, B, ...), labels -> (P, B), or (P,) with credit "member"
-    population  members per step, shared equally among the layers; none gets more than
-                eggroll.directions.most_members
+    population  members per step. The groups share them equally, and in each group the layers;
+                no layer gets more than eggroll.directions.most_members
     credit      "example": each example is credited with its own fitness (eggroll.credit).
                 "member": the paper's estimator, one score per member
     noise       kind of A, one of eggroll.directions.KINDS
     sampling    kind of B, one of eggroll.projections.SAMPLINGS
     difference  "central": members come in antithetic pairs. "forward": each is compared with the
                 unperturbed network, which halves the work where the fitness is smooth
-    groups      parts of every batch with an A of their own, whose errors average out
+    groups      parts of the population that each see their own part of every batch: group g sees
+                the examples g, g + groups, ... Their errors average out
     shaping     of the members' scores, for credit "member"
+    winsorize   share of the scores (or of the examples' slopes) at either end that is pulled in
     rank, sigma, seed, chunk_size  as in Evolution
     backend     "eager" or "compile"
 
@@ -83,6 +85,7 @@ class LayerwiseEvolution:
         difference: str = "forward",
         groups: int = 1,
         shaping: str = "z-score",
+        winsorize: float = 0.0,
         seed: int = 0,
         chunk_size: int | None = None,
         backend: str = "eager",
@@ -97,7 +100,8 @@ class LayerwiseEvolution:
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
         self.population, self.credit, self.rank, self.sigma = population, credit, rank, sigma
         self.noise, self.sampling, self.difference = noise, sampling, difference
-        self.groups, self.shaping, self.seed, self.step = groups, shaping, seed, 0
+        self.groups, self.shaping, self.winsorize = groups, shaping, winsorize
+        self.seed, self.step = seed, 0
         self.device = self.layers[0].weight.device
         self.chunk = chunk_size or (CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK)
         self.forward = forward_of_members
@@ -106,16 +110,16 @@ class LayerwiseEvolution:
         self.directions()  # raises at once what the first step would raise
 
     def directions(self) -> list[int]:
-        """In how many directions each layer is perturbed: one per member, or one per pair."""
+        """In how many directions a group perturbs each layer: one per member, or one per pair."""
         most = [most_members(self.noise, self.rank, layer.out_features) for layer in self.layers]
-        each = 2 if self.difference == "central" else 1
-        counts = share_equally(self.population // each, most)
-        if min(counts) < 1:
+        each = self.groups * (2 if self.difference == "central" else 1)
+        if self.population % each or self.population < each * len(self.layers):
+            whole = each * max(len(self.layers), round(self.population / each))
             raise PopulationError(
-                f"population {self.population} leaves a layer without members "
-                f"(try {each * len(self.layers)} or more)"
+                f"population {self.population} cannot be shared evenly by {self.groups} groups "
+                f"and {len(self.layers)} layers with {self.difference} differences (try {whole})"
             )
-        return counts
+        return share_equally(self.population // each, most)
 
     @torch.no_grad()
     def estimate(self, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ class LayerwiseEvolution:
             ]
         else:
             estimates = member_credit(
-                [torch.stack(s, dim=1).flatten() for s in scores],
+                [winsorized(torch.stack(s, dim=1).flatten(), self.winsorize) for s in scores],
                 [(d.a[0], d.projections.b) for d in drawn],
                 self.shaping,
                 self.sigma,
@@ -179,8 +183,10 @@ class LayerwiseEvolution:
     def _slopes(self, scores: list[Tensor], baseline: Tensor) -> Tensor:
         """Change of each example's fitness per sigma, (M, B)."""
         if self.difference == "central":
-            return (scores[0] - scores[1]) / (2 * self.sigma)
-        return (scores[0] - baseline) / self.sigma
+            change = (scores[0] - scores[1]) / 2
+        else:
+            change = scores[0] - baseline
+        return winsorized(change / self.sigma, self.winsorize)
 
 
 def share_equally(total: int, most: list[int | None]) -> list[int]:

@@ -24,6 +24,7 @@ def preset_arg(metavar: str) -> Any:
 
 PresetInt = Annotated[int | None, preset_arg("INT")]
 PresetFloat = Annotated[float | None, preset_arg("FLOAT")]
+PresetName = preset_arg("NAME")
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
@@ -121,9 +122,10 @@ ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
 
 AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population", "groups")
-ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay")
+ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay", "population_growth")
 NOT_NEGATIVE = ("momentum", "weight_decay", "seed", "chunk_size")
-PART_OF_ONE = ("ema_decay", "average_start")
+PART_OF_ONE = ("ema_decay", "average_start", "label_smoothing")
+BELOW_HALF = ("winsorize",)
 
 
 def parse(config_type: type[Config], description: str, args: Sequence[str] | None = None) -> Config:
@@ -152,7 +154,8 @@ def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def preset_values(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{flag} {value:,}" for flag, value in values.items())
+    named = {k: v if isinstance(v, str) else f"{v:,}" for k, v in values.items()}
+    return ", ".join(f"{flag} {value}" for flag, value in named.items())
 
 
 def apply_preset(config: Config, values: Mapping[str, Any]) -> Config:
@@ -196,6 +199,7 @@ def check(flags: Mapping[str, Any]) -> None:
         (ABOVE_ZERO, lambda v: v > 0, "not above 0", "a number above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "negative", "0 or more"),
         (PART_OF_ONE, lambda v: 0 <= v < 1, "outside of 0 to 1", "0 or more, and less than 1"),
+        (BELOW_HALF, lambda v: 0 <= v < 0.5, "outside of 0 to 0.5", "0 or more, and less than 0.5"),
     )
     if flags.get("seed", 0) >= 2**32:
         raise UserError(f"--seed {flags['seed']} is too large (type a number below {2**32:,})")

@@ -41,6 +41,7 @@ class Members:
 
     population: int = 1
     groups: int = 1  # parts of the batch, each seen by its own part of the population
+    growth: float = 1.0  # of the population over the run, linear
     backend: str = "eager"
 
 
@@ -230,7 +231,8 @@ class Training:
         """Forward passes of one example through one member so far."""
         epochs, steps = divmod(self.step, self.steps_per_epoch)
         examples = epochs * len(self.data.train) + steps * self.config.training.batch_size
-        return examples * self.members.population // self.members.groups
+        grown = 1 + (self.members.growth - 1) / 2 * self.step / self.total_steps  # mean so far
+        return round(examples * grown) * self.members.population // self.members.groups
 
     def _evaluate(self) -> dict[str, Any]:
         """Of the averaged weights where there are some: those are reported and saved."""
