@@ -1,6 +1,6 @@
 """Two ways to read the fitness of members that perturb one layer each.
 
-Letters: M directions, R rank, E rows of the batch, one or more for each of its examples, O/I a
+Letters: M directions, R rank, B examples, E rows, one or more of each example, O/I a
 layer's outputs/inputs, G groups of examples: example e belongs to group e modulo G.
 """
 
@@ -13,11 +13,10 @@ from eggroll.projections import Projections
 
 
 def example_credit(
-    slopes: Tensor,  # (M, E), fitness of the row's own example per sigma
+    slopes: Tensor,  # (M, B), change of each example's fitness per sigma
     a: Tensor,  # (G, M, R, O)
     projections: Projections,
     rows: Tensor,  # (E, I)
-    examples: int,
 ) -> Tensor:
     """Ascent direction of the mean fitness over the examples, (O, I): per-example credit.
 
@@ -26,16 +25,24 @@ def example_credit(
     members of slope * u_e * A, over the mean of u_e^2, is g_e on average, and the layer's gradient
     is the mean over examples of g_e h_e^T. The noise is that of O numbers for each example, where
     the paper's estimator has that of all of the layer's weights.
+    Exact where an example is one row, or its rows have independent projections (whitened, and not
+    more rows than inputs); rows that no B can tell apart share their credit.
     Kin: weight perturbation read as node perturbation; activity-perturbed forward gradients, Ren
     et al. 2022, arXiv 2210.03310.
     """
-    members, rank = projections.u.shape[:2]
-    weights = slopes[:, None, :] * projections.u  # (M, R, E)
+    members, rank, _ = projections.u.shape
+    examples = slopes.shape[1]
+    weights = _at_rows(slopes, rows)[:, None, :] * projections.u  # (M, R, E)
     # a row that no member moves has no credit, and no say in the product with it either
     scale = torch.where(projections.moment > 0, 1 / projections.moment, 0.0)
     scale = scale / (members * rank**0.5)
     credit = _weighed_directions(weights.flatten(0, 1), a.flatten(1, 2), examples) * scale[:, None]
     return credit.T @ (rows / examples)
+
+
+def _at_rows(slopes: Tensor, rows: Tensor) -> Tensor:
+    """(M, B) to (M, E): all rows of an example have its slope."""
+    return slopes.repeat_interleave(len(rows) // slopes.shape[1], dim=1)
 
 
 def _weighed_directions(weights: Tensor, a: Tensor, examples: int) -> Tensor:
@@ -56,10 +63,10 @@ def materialised_credit(
     a: Tensor,
     projections: Projections,
     rows: Tensor,
-    examples: int,
 ) -> Tensor:
     """The plain twin of `example_credit`: one example, member and rank after the other."""
     members, rank = projections.u.shape[:2]
+    examples = slopes.shape[1]
     total = rows.new_zeros(a.shape[-1], rows.shape[1])
     for e in range(len(rows)):
         example = e * examples // len(rows)
@@ -67,7 +74,7 @@ def materialised_credit(
             continue
         for i in range(members):
             for r in range(rank):
-                share = slopes[i, e] * projections.u[i, r, e] / projections.moment[e]
+                share = slopes[i, example] * projections.u[i, r, e] / projections.moment[e]
                 total += (
                     share / (members * rank**0.5) * torch.outer(a[example % len(a), i, r], rows[e])
                 )

@@ -134,7 +134,7 @@ class LayerwiseEvolution:
         scores = [self._evaluate(centre, part, inputs, labels) for part in drawn]
         if self.credit == "example":
             estimates = [
-                example_credit(self._slopes(s, baseline), d.a, d.projections, d.rows, len(inputs))
+                example_credit(self._slopes(s, baseline), d.a, d.projections, d.rows)
                 for d, s in zip(drawn, scores, strict=True)
             ]
         else:
