@@ -16,17 +16,17 @@ from eggroll import MLP, BackendError
 from eggroll.backends import choose_backend
 from lab import cli, data
 from lab.cli import SharedConfig
-from lab.optim import make_optimizer
+from lab.optim import make_optimizer, step
 from lab.training import Members, Training
 
 METHOD = "backprop"
 
 # What runs where no flag says otherwise. An epoch of mnist-sample is 32 steps, so it gets more.
 PRESETS = {
-    "full": {"epochs": 10, "lr": 0.1},
-    "quick": {"epochs": 2, "lr": 0.1},
-    "full-sample": {"epochs": 30, "lr": 0.1},
-    "quick-sample": {"epochs": 10, "lr": 0.1},
+    "full": {"epochs": 10, "lr": 0.05, "label_smoothing": 0.1},
+    "quick": {"epochs": 2, "lr": 0.05, "label_smoothing": 0.1},
+    "full-sample": {"epochs": 30, "lr": 0.05, "label_smoothing": 0.1},
+    "quick-sample": {"epochs": 10, "lr": 0.05, "label_smoothing": 0.1},
 }
 
 
@@ -55,11 +55,13 @@ def preset_name(config: Config) -> str:
     return name + ("-sample" if config.data.dataset == data.SAMPLE else "")
 
 
-def make_loss(network: MLP, backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(
+    network: MLP, label_smoothing: float, backend: str
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Images (B, 784) and labels (B,) to the mean cross-entropy."""
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(network(images), labels)
+        return F.cross_entropy(network(images), labels, label_smoothing=label_smoothing)
 
     if backend == "eager":
         return loss_of
@@ -79,7 +81,7 @@ def train(config: Config, device: torch.device) -> None:
     optimizer = make_optimizer(network, config.training)
 
     backend = choose_backend(config.backprop.backend, device)
-    loss_of = make_loss(network, backend)
+    loss_of = make_loss(network, config.training.label_smoothing, backend)
 
     members = Members(backend=backend)
     with Training(METHOD, config, digits, network, optimizer, device, members) as training:
@@ -89,7 +91,7 @@ def train(config: Config, device: torch.device) -> None:
             loss = loss_of(images, labels)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            step(optimizer, config.training)
             training.record(fitness=-loss.detach())
 
 

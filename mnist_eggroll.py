@@ -4,6 +4,7 @@ python mnist_eggroll.py            # the preset of this machine: a GPU's or a CP
 python mnist_eggroll.py --quick    # less than a minute on two cores
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -21,20 +22,23 @@ from eggroll import (
 )
 from eggroll.backends import choose_backend
 from eggroll.evolution import CAPTURABLE
+from eggroll.layerwise import usual_groups
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
 from lab import cli, data
-from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig, TrainingFlags
-from lab.optim import make_optimizer
+from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig
+from lab.optim import make_optimizer, step
 from lab.training import Members, Training
 
 # What runs where no flag says otherwise. Names of presets are estimator, machine and dataset. With
 # the paper's estimator, gpu is the full experiment, and cpu ends within 5 minutes on two cores. An
 # epoch of mnist-sample is 32 steps, so it gets more of them.
 PAPER = {"layers_per_member": "all", "sampling": "gaussian", "noise": "gaussian", "groups": 1}
-PAPER |= {"difference": "central", "sigma": 0.02, "temperature": 2.0}
-CREDIT = {"layers_per_member": "one", "sampling": "whitened", "noise": "orthogonal", "groups": 16}
-CREDIT |= {"difference": "forward", "sigma": 0.004, "temperature": 1.0}
+PAPER |= {"difference": "central", "shaping": "z-score", "sigma": 0.02, "temperature": 2.0}
+PAPER |= {"label_smoothing": 0.0}
+CREDIT = {"layers_per_member": "one", "sampling": "whitened", "noise": "orthogonal"}
+CREDIT |= {"difference": "forward", "shaping": "none", "sigma": 0.004, "temperature": 1.0}
+CREDIT |= {"label_smoothing": 0.1}
 PRESETS = {
     "per-example": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 6},
     "per-example-quick": CREDIT | {"population": 768, "lr": 0.02, "epochs": 1},
@@ -51,6 +55,7 @@ SHOWN = ("population", "groups", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
 PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank"}
+LAYERS = 3  # of the network
 METHODS = {"per-example": "eggroll-per-example", "population": "eggroll"}  # names in the results
 
 
@@ -68,7 +73,7 @@ class EvolutionFlags:
     """Members per step, over all groups."""
     groups: PresetInt = None
     """Parts of the population that each see their own part of every batch: with 8, 8 times as many
-    members cost as many forward passes."""
+    members cost as many forward passes. Per-example credit takes up to 16 by itself."""
     layers_per_member: Annotated[Literal["all", "one"] | None, PresetName] = None
     """all, as in the paper, or one: each layer's merit is then not read through the others'."""
     rank: int = 1
@@ -92,10 +97,11 @@ class EvolutionFlags:
     """What a member is scored by: log-likelihood of the labels, or hits alone."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
-    label_smoothing: float = 0.0
-    """Share of the target in the cross-entropy that is spread over all classes."""
-    shaping: Literal["z-score", "centered-rank", "sign", "none"] = "z-score"
-    """What the paper's estimator does to the scores before they weigh the noise."""
+    shaping: Annotated[Literal["z-score", "centered-rank", "sign", "none"] | None, PresetName] = (
+        None
+    )
+    """What the paper's estimator does to the scores before they weigh the noise: z-score,
+    centered-rank, sign or none."""
     winsorize: float = 0.0
     """Share of the scores at either end that is pulled in to the share's edge."""
     backend: Literal["auto", "eager", "compile", "triton"] = "auto"
@@ -111,9 +117,6 @@ class EvolutionFlags:
 class Config(SharedConfig):
     """Train the MLP on MNIST by EGGROLL."""
 
-    training: TrainingFlags = field(
-        default_factory=lambda: TrainingFlags(momentum=0.9, lr_schedule="linear")
-    )
     evolution: EvolutionFlags = field(default_factory=EvolutionFlags)
 
 
@@ -124,6 +127,10 @@ def resolve(config: Config, device: torch.device) -> Config:
     """
     config = cli.apply_preset(config, PRESETS[preset_name(config, device)])
     flags = config.evolution
+    if flags.groups is None:
+        groups = usual_groups(flags.population, LAYERS, flags.difference)
+        flags = dataclasses.replace(flags, groups=groups)
+        config = dataclasses.replace(config, evolution=flags)
     if flags.layers_per_member == "all":
         for name, paper in PAPER_ONLY.items():
             if (value := getattr(flags, name)) != paper:
@@ -188,7 +195,7 @@ def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | La
         "chunk_size": flags.chunk_size,
         "winsorize": flags.winsorize,
     }
-    fitness = cross_entropy(flags.temperature, flags.label_smoothing)
+    fitness = cross_entropy(flags.temperature, config.training.label_smoothing)
     if flags.fitness == "accuracy":
         fitness = accuracy
     if flags.layers_per_member == "one":
@@ -246,7 +253,7 @@ def train(config: Config, device: torch.device) -> None:
             evolution.sigma = flags.sigma * flags.sigma_decay**training.epoch
             evolution.population = grown(flags, training.step / training.total_steps)
             fitness = evolution.estimate(images, labels)
-            optimizer.step()
+            step(optimizer, config.training)
             training.record(fitness=fitness, sigma=evolution.sigma)
 
 

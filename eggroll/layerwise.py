@@ -23,11 +23,11 @@ from eggroll.backends import FirstShape
 from eggroll.centre import Centre, forward_of_members
 from eggroll.credit import example_credit, member_credit
 from eggroll.directions import KINDS, draw_directions, most_members
-from eggroll.fitness import Fitness, example_scores, member_scores, winsorized
+from eggroll.fitness import SHAPINGS, Fitness, example_scores, member_scores, winsorized
 from eggroll.noise import generator_seed
 from eggroll.perturbed import PopulationError
 from eggroll.population import linear_layers
-from eggroll.projections import SAMPLINGS, Projections, draw_projections
+from eggroll.projections import SAMPLINGS, WITH_B, Projections, draw_projections
 
 CREDITS = ("example", "member")
 DIFFERENCES = ("central", "forward")
@@ -67,8 +67,8 @@ class LayerwiseEvolution:
     rank, sigma, seed, chunk_size  as in Evolution
     backend     "eager" or "compile"
 
-    Raises PopulationError for a population that cannot be, ValueError for a name that is not
-    known, and for "member" with groups or forward differences.
+    Raises PopulationError for a population that cannot be, a name that is not known, and what
+    does not go together.
     """
 
     def __init__(
@@ -84,17 +84,13 @@ class LayerwiseEvolution:
         sampling: str = "whitened",
         difference: str = "forward",
         groups: int = 1,
-        shaping: str = "z-score",
+        shaping: str = "none",
         winsorize: float = 0.0,
         seed: int = 0,
         chunk_size: int | None = None,
         backend: str = "eager",
     ):
-        _check_names(credit, noise, sampling, difference)
-        if credit == "member" and (groups > 1 or difference == "forward"):
-            raise ValueError('credit "member" takes one group and central differences')
-        if credit == "member" and sampling not in ("gaussian", "batch-subspace"):
-            raise ValueError(f'credit "member" needs a B, which {sampling} sampling does not form')
+        _check(credit, noise, sampling, difference, groups, shaping)
         self.network, self.fitness, self.layers = network, fitness, linear_layers(network)
         if not self.layers:
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
@@ -189,6 +185,14 @@ class LayerwiseEvolution:
         return winsorized(change / self.sigma, self.winsorize)
 
 
+def usual_groups(population: int, layers: int, difference: str) -> int:
+    """How many groups to make of a population: up to 16 that share it evenly, and not so many
+    that a layer is left with fewer than 16 members in each."""
+    each = 2 if difference == "central" else 1
+    fitting = (g for g in (16, 8, 4, 2) if population % (g * each) == 0)
+    return next((g for g in fitting if population >= 16 * g * layers), 1)
+
+
 def share_equally(total: int, most: list[int | None]) -> list[int]:
     """`total` in nearly equal shares, of which none exceeds its own `most`."""
     shares = [0] * len(most)
@@ -211,13 +215,33 @@ def _write_gradient(layer: nn.Linear, estimate: Tensor) -> None:
         layer.bias.grad = estimate[:, inputs].neg()
 
 
-def _check_names(credit: str, noise: str, sampling: str, difference: str) -> None:
+def _check(
+    credit: str, noise: str, sampling: str, difference: str, groups: int, shaping: str
+) -> None:
+    """Raises PopulationError for a name that is not known, and for what does not go together."""
     known = {
         "credit": (credit, CREDITS),
         "noise": (noise, KINDS),
         "sampling": (sampling, SAMPLINGS),
         "difference": (difference, DIFFERENCES),
+        "shaping": (shaping, SHAPINGS),
     }
     for what, (name, names) in known.items():
         if name not in names:
-            raise ValueError(f"{what} {name!r} is not known (try {', '.join(names)})")
+            raise PopulationError(f"{what} {name!r} is not known (try {', '.join(names)})")
+    if credit == "example":
+        if shaping != "none":
+            raise PopulationError(
+                f"{shaping} shaping is for one score per member, and per-example credit reads one "
+                "for each example (try shaping none, or the population estimator)"
+            )
+    elif groups > 1 or difference == "forward":
+        raise PopulationError(
+            "one score per member takes one group and central differences where members perturb "
+            "one layer each (try groups 1, difference central)"
+        )
+    elif sampling not in WITH_B:
+        raise PopulationError(
+            f"one score per member needs a B, which {sampling} sampling does not form "
+            f"(try {' or '.join(WITH_B)})"
+        )

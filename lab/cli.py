@@ -88,12 +88,16 @@ class TrainingFlags:
     """Any of these from torch.optim."""
     lr: PresetFloat = None
     """Learning rate at the start."""
-    lr_schedule: Literal["exponential", "linear", "cosine", "constant"] = "exponential"
+    lr_schedule: Literal["exponential", "linear", "cosine", "constant"] = "linear"
     """exponential: times --lr-decay each epoch; linear, cosine: down to 0 over the run."""
     lr_decay: float = 0.99
     """Factor per epoch of the exponential schedule."""
-    momentum: float = 0.0
+    momentum: float = 0.9
     """Of sgd and rmsprop."""
+    label_smoothing: PresetFloat = None
+    """Share of the cross-entropy's target that is spread over all classes."""
+    clip_norm: float = 0.0
+    """Longest gradient, or estimate, that a step follows; longer ones are cut (0: none are)."""
     weight_decay: float = 0.0
     """As torch's optimizer understands it."""
     average_weights: Literal["none", "ema", "equal"] = "none"
@@ -123,7 +127,7 @@ FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
 
 AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population", "groups")
 ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay", "population_growth")
-NOT_NEGATIVE = ("momentum", "weight_decay", "seed", "chunk_size")
+NOT_NEGATIVE = ("momentum", "weight_decay", "clip_norm", "seed", "chunk_size")
 PART_OF_ONE = ("ema_decay", "average_start", "label_smoothing")
 BELOW_HALF = ("winsorize",)
 

@@ -24,6 +24,14 @@ def make_optimizer(network: nn.Module, flags: TrainingFlags) -> torch.optim.Opti
     return OPTIMIZERS[flags.optimizer](network.parameters(), **options)
 
 
+def step(optimizer: torch.optim.Optimizer, flags: TrainingFlags) -> None:
+    """Follow what is in `.grad`, no further than --clip-norm."""
+    if flags.clip_norm:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, flags.clip_norm)
+    optimizer.step()
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer, flags: TrainingFlags, steps_per_epoch: int
 ) -> lr_scheduler.LRScheduler:
