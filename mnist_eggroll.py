@@ -51,7 +51,7 @@ PRESETS = {
     "population-cpu-sample": PAPER | {"population": 832, "lr": 0.015, "epochs": 30},
     "population-quick-sample": PAPER | {"population": 128, "lr": 0.01, "epochs": 10},
 }
-SHOWN = ("population", "groups", "epochs", "lr", "sigma")
+SHOWN = ("population", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
 PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank"}
@@ -139,8 +139,8 @@ def resolve(config: Config, device: torch.device) -> Config:
                     f"--{flag} {value} needs members that perturb one layer each "
                     "(add --layers-per-member one)"
                 )
-        check_population(flags.population, flags.rank, flags.sigma, flags.groups)
-    else:
+    check_population(flags.population, flags.rank, flags.sigma, flags.groups)
+    if flags.layers_per_member == "one":
         make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), "eager")
     return config
 
@@ -158,9 +158,14 @@ def preset_name(config: Config, device: torch.device) -> str:
     return "-".join(parts)
 
 
+def shown(preset: str) -> dict[str, float]:
+    """Of a preset, what differs from one to the next."""
+    return {flag: value for flag, value in PRESETS[preset].items() if flag in SHOWN}
+
+
 def announcement(config: Config, name: str) -> str:
     """Which estimator and preset run, why, and what to type for another."""
-    values = cli.preset_values({k: v for k, v in PRESETS[name].items() if k in SHOWN})
+    values = cli.preset_values(shown(name))
     if config.evolution.estimator == "per-example":
         why = (
             "per-example credit: backprop's accuracy with few members, from the examples' own "
@@ -258,7 +263,7 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def main() -> None:
-    config = cli.parse(Config, cli.describe(__doc__, PRESETS))
+    config = cli.parse(Config, cli.describe(__doc__, {name: shown(name) for name in PRESETS}))
     device = cli.resolve_device(config.run.device)
     name = preset_name(config, device)
     config = resolve(config, device)

@@ -122,7 +122,7 @@ class Evolution:
         for chunk in population.chunks(self.chunk_size):
             outputs = self.backend.forward(chunk, chunk.part(inputs))
             fitness = self.fitness(outputs, chunk.part(labels))
-            scores[chunk.members] = member_scores(fitness, len(chunk))
+            scores[chunk.members] = member_scores(fitness, len(chunk), population.step)
         return scores
 
     @torch.no_grad()

@@ -42,10 +42,11 @@ def cross_entropy(temperature: float = 1.0, label_smoothing: float = 0.0) -> Fit
     return log_likelihood
 
 
-def member_scores(scores: Tensor, members: int) -> Tensor:
+def member_scores(scores: Tensor, members: int, step: int = 0) -> Tensor:
     """One number per member, (P,): the mean over examples where a fitness gave (P, B).
 
-    Raises FitnessError where the shape is neither (P, B) nor (P,), or a score is not finite.
+    `step` is for the message. Raises FitnessError where the shape is neither (P, B) nor (P,), or
+    a score is not finite.
     """
     if scores.dim() not in (1, 2) or len(scores) != members:
         raise FitnessError(
@@ -54,24 +55,25 @@ def member_scores(scores: Tensor, members: int) -> Tensor:
         )
     scores = scores.float()
     scores = scores.mean(1) if scores.dim() == 2 else scores
-    _check_finite(scores)
+    _check_finite(scores, step)
     return scores
 
 
-def _check_finite(scores: Tensor) -> None:
+def _check_finite(scores: Tensor, step: int) -> None:
     # while a graph is captured nothing may be read; what is not finite then shows in the weights
     if not capturing() and not torch.isfinite(scores).all():
         bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(1).sum())
         raise FitnessError(
-            f"the fitness of {bad} of {len(scores)} members is not finite; training has diverged "
-            "(lower --lr or --sigma) or the fitness function divides by zero"
+            f"the fitness of {bad} of {len(scores)} members is not finite at step {step:,}: "
+            "training has diverged (try a smaller lr or sigma), or the fitness divides by zero"
         )
 
 
-def example_scores(scores: Tensor, members: int, examples: int) -> Tensor:
+def example_scores(scores: Tensor, members: int, examples: int, step: int = 0) -> Tensor:
     """Scores of every member on every example, (P, B), as per-example credit needs them.
 
-    Raises FitnessError for a fitness of another shape, or one that is not finite.
+    `step` is for the message. Raises FitnessError for a fitness of another shape, or one that is
+    not finite.
     """
     if scores.dim() == 1:
         raise FitnessError(
@@ -83,7 +85,7 @@ def example_scores(scores: Tensor, members: int, examples: int) -> Tensor:
             f"the fitness gave scores of shape {tuple(scores.shape)} for {members} members and "
             f"{examples} examples; return ({members}, {examples})"
         )
-    _check_finite(scores)
+    _check_finite(scores, step)
     return scores.float()
 
 

@@ -173,8 +173,8 @@ class LayerwiseEvolution:
     def _scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
         scores = self.fitness(outputs, labels)
         if self.credit == "member":
-            return member_scores(scores, len(outputs))
-        return example_scores(scores, *outputs.shape[:2])
+            return member_scores(scores, len(outputs), self.step)
+        return example_scores(scores, *outputs.shape[:2], self.step)
 
     def _slopes(self, scores: list[Tensor], baseline: Tensor) -> Tensor:
         """Change of each example's fitness per sigma, (M, B)."""

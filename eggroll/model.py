@@ -50,17 +50,22 @@ class MLP(nn.Module):
 def initialise(layers: nn.ModuleList, init: str, seed: int) -> None:
     """Draw every weight afresh from `seed`: "he" (normal, fan-in) or "orthogonal"; biases are 0.
 
+    "zero-head" is "he" with a last layer of zeros: no class is ahead at the start, so that a
+    fitness of hits alone can reach them all.
+
     Drawn on the CPU with a generator of its own, so that a seed gives the same network on every
     device and no global random state is touched.
     """
-    if init not in ("he", "orthogonal"):
-        raise ValueError(f"init {init!r} is not known (try 'he' or 'orthogonal')")
+    if init not in ("he", "orthogonal", "zero-head"):
+        raise ValueError(f"init {init!r} is not known (try 'he', 'orthogonal' or 'zero-head')")
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
-        if init == "he":
+        if init != "orthogonal":
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
         else:
             # sqrt(2) keeps the signal's scale through a rectifier-like activation, as He does
             nn.init.orthogonal_(layer.weight, gain=math.sqrt(2), generator=generator)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    if init == "zero-head":
+        nn.init.zeros_(layers[-1].weight)

@@ -48,10 +48,11 @@ def draw_projections(
     gaussian        B ~ N(0, 1), as the paper has it
     batch-subspace  B ~ N(0, 1) in the span of the batch's rows, where the layer's gradient lies.
                     Cf. guided ES, arXiv 1806.10230, and ASEBO, arXiv 1903.04268
-    whitened        in that span, and so that u_e = +-|h_e| with independent signs: constant size
-                    where a Gaussian has a heavy tail. Each group of examples has a B of its own
-    activations     u_e = +-1 whatever the rows are: node perturbation, and not EGGROLL, since no B
-                    need be able to make it. What whitened sampling is measured against
+    whitened        in that span, and so that u_e = +-s with independent signs: constant size, where
+                    a Gaussian has a heavy tail. s^2 is the mean of |h_e|^2, which is also what the
+                    other kinds have, so sigma means the same. Each group has a B of its own
+    activations     u_e = +-s whatever the rows are: node perturbation, and not EGGROLL, since no B
+                    need be able to make it. The same as whitened where the rows are independent
     Raises ValueError for another kind.
     """
     if kind == "gaussian":
@@ -61,11 +62,13 @@ def draw_projections(
         basis = batch_basis(rows)
         z = rows.new_empty(members, rank, basis.shape[1]).normal_(generator=generator)
         return _with_b(z @ basis.T, rows)
+    signs = random_signs((members, rank, len(rows)), rows, generator)
+    size = rows.square().sum(1).mean().sqrt()
+    if kind == "activations" or (kind == "whitened" and _independent(rows, group)):
+        return Projections(signs * size, size.square().expand(len(rows)))
     if kind == "whitened":
-        return _whitened(rows, group, members, rank, generator)
-    if kind == "activations":
-        signs = random_signs((members, rank, len(rows)), rows, generator)
-        return Projections(signs, rows.new_ones(len(rows)))
+        projector = _projector(rows, group)
+        return Projections(signs @ projector * size, projector.diagonal() * size.square())
     raise ValueError(f"sampling {kind!r} is not known (try {', '.join(SAMPLINGS)})")
 
 
@@ -83,27 +86,21 @@ def _with_b(b: Tensor, rows: Tensor) -> Projections:
     return Projections(u, rows.square().sum(1), b)
 
 
-def _whitened(
-    rows: Tensor, group: Tensor, members: int, rank: int, generator: torch.Generator
-) -> Projections:
-    """Independent signs, times the rows' norms, where the rows of each group are independent.
-
-    B = pinv(rows) @ u then exists and is not needed. Else, with duplicate or blank examples or
-    more rows than inputs, the signs are projected onto what a B can do.
-    """
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    signs = random_signs((members, rank, len(rows)), rows, generator)
-    unit = rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)[:, None]
-    correlation = (unit @ unit.T) * (group[:, None] == group)
-    pivots, failed = torch.linalg.cholesky_ex(correlation)
-    if not failed and pivots.diagonal().min() > INDEPENDENT:
-        return Projections(signs * norms, norms.square())
-    projector = _projector(correlation)
-    return Projections((signs @ projector) * norms, projector.diagonal() * norms.square())
+def _independent(rows: Tensor, group: Tensor) -> bool:
+    """Whether some B makes any u: no row lies in the span of the others of its group."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    unit = rows / norms.clamp_min(torch.finfo(rows.dtype).tiny)
+    pivots, failed = torch.linalg.cholesky_ex(_products(unit, group))
+    return not failed and bool(pivots.diagonal().min() > INDEPENDENT)
 
 
-def _projector(correlation: Tensor) -> Tensor:
-    """Onto the range of a symmetric matrix, (E, E)."""
-    values, vectors = torch.linalg.eigh(correlation)
+def _projector(rows: Tensor, group: Tensor) -> Tensor:
+    """Onto what some B can make of the rows of each group, (E, E)."""
+    values, vectors = torch.linalg.eigh(_products(rows, group))
     kept = vectors[:, values > INDEPENDENT**2 * values.max()]
     return kept @ kept.T
+
+
+def _products(rows: Tensor, group: Tensor) -> Tensor:
+    """Inner products of the rows of each group, (E, E); rows of different groups have none."""
+    return (rows @ rows.T) * (group[:, None] == group)

@@ -72,8 +72,8 @@ class NetworkFlags:
     """Units in each of the two hidden layers."""
     bias: bool = False
     """Add a bias to every layer."""
-    init: Literal["he", "orthogonal"] = "he"
-    """Initial weights."""
+    init: Literal["he", "orthogonal", "zero-head"] = "he"
+    """Initial weights; zero-head is he with a last layer of zeros."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Run both methods over the seeds, then make the table and the plots.
+"""Run all methods over the seeds, then make the table and the plots.
 
 usage: ./run_experiments.sh [--quick] [any flag of the two scripts]
 
@@ -7,10 +7,12 @@ usage: ./run_experiments.sh [--quick] [any flag of the two scripts]
 
 Flags that both scripts have (--epochs, --dataset, --hidden-dim, --device, ...) go to both, the
 others to mnist_eggroll.py alone. For what they mean: python mnist_eggroll.py --help
+Methods: backprop; eggroll-per-example, EGGROLL with per-example credit; eggroll, the paper's
+estimator in the few minutes that it gets on a CPU.
 
 Environment:
   SEEDS         which seeds to run (default: "0 1 2" on a GPU, "0" on a CPU)
-  METHODS       which methods to run (default: "backprop eggroll")
+  METHODS       which methods to run (default: "backprop eggroll-per-example eggroll")
   MNIST_DIR     folder that holds MNIST/raw (default: data, downloaded if need be)
   RESULTS_DIR   where everything is written (default: results/latest)
 
@@ -38,8 +40,13 @@ from lab.errors import Interrupted, UserError
 from lab.report import read_summary, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"backprop": "mnist_backprop.py", "eggroll": "mnist_eggroll.py"}
+COMMANDS = {
+    "backprop": ["mnist_backprop.py"],
+    "eggroll-per-example": ["mnist_eggroll.py", "--estimator", "per-example"],
+    "eggroll": ["mnist_eggroll.py", "--estimator", "population"],
+}
 INSTEAD = {  # flags that this command sets for each run, and what to type for them
+    "--estimator": 'METHODS="backprop eggroll" ./run_experiments.sh',
     "--seed": 'SEEDS="0 1 2" ./run_experiments.sh',
     "--out-dir": "RESULTS_DIR=folder ./run_experiments.sh",
     "--resume": "./run_experiments.sh, which goes on by itself",
@@ -63,10 +70,12 @@ def experiment(args: list[str], folder: Path) -> None:
     """Every run that is not finished yet, then the report."""
     shared, eggroll_only = split_flags(args)
     common = [*dataset_flags(shared, given("--dataset", args)), "--train-on-all"]
-    flags = {"backprop": without(args, eggroll_only) + common, "eggroll": args + common}
-    settings = {method: resolved_flags(method, typed) for method, typed in flags.items()}
-    seeds = chosen_seeds(on_gpu=settings["eggroll"]["device"] != "cpu")
     methods = chosen_methods()
+    flags = dict.fromkeys(methods, args + common)
+    if "backprop" in methods:
+        flags["backprop"] = without(args, eggroll_only) + common
+    settings = {method: resolved_flags(method, typed) for method, typed in flags.items()}
+    seeds = chosen_seeds(on_gpu=settings[methods[0]]["device"] != "cpu")
     move_aside_other_settings(folder, settings)
     for seed in seeds:
         for method in methods:
@@ -114,9 +123,14 @@ def dataset_flags(shared: SharedConfig, chosen: bool) -> list[str]:
     return []
 
 
+def command_of(method: str) -> list[str]:
+    script, *flags = COMMANDS[method]
+    return [sys.executable, str(ROOT / script), *flags]
+
+
 def resolved_flags(method: str, typed: Sequence[str]) -> dict[str, Any]:
     """Every flag as the script would use it. Ends with the script's own message if one is wrong."""
-    command = [sys.executable, str(ROOT / SCRIPTS[method]), *typed, "--print-config"]
+    command = [*command_of(method), *typed, "--print-config"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -132,10 +146,10 @@ def chosen_seeds(on_gpu: bool) -> list[int]:
 
 
 def chosen_methods() -> list[str]:
-    methods = os.environ.get("METHODS", " ".join(SCRIPTS)).split()
+    methods = (os.environ.get("METHODS") or " ".join(COMMANDS)).split()
     for method in methods:
-        if method not in SCRIPTS:
-            raise UserError(f"METHODS names {method} (there are: {', '.join(SCRIPTS)})")
+        if method not in COMMANDS:
+            raise UserError(f"METHODS names {method} (there are: {', '.join(COMMANDS)})")
     return methods
 
 
@@ -161,7 +175,7 @@ def same_settings(run_folder: Path, wanted: dict[str, Any]) -> bool:
 
 def run(method: str, typed: Sequence[str], folder: Path) -> None:
     """One run in a process of its own: peak memory is then its own too."""
-    command = [sys.executable, str(ROOT / SCRIPTS[method]), *typed, "--out-dir", str(folder)]
+    command = [*command_of(method), *typed, "--out-dir", str(folder)]
     if (folder / "summary.json").exists() and read_summary(folder)["status"] == "finished":
         print(f"{folder}: finished already")
         return

@@ -16,9 +16,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from lab.runlog import write_atomically
 
-NAMES = {"backprop": "backprop", "eggroll": "EGGROLL"}
-COLOURS = {"backprop": "#2f6db3", "eggroll": "#e07b26"}
-OTHERS = ("#3a9a5b", "#8a5fb8", "#b0413e", "#6b6b6b")  # for methods that are added
+NAMES = {
+    "backprop": "backprop",
+    "eggroll-per-example": "EGGROLL, per-example credit",
+    "eggroll": "EGGROLL, paper's estimator",
+}
+COLOURS = {"backprop": "#2f6db3", "eggroll-per-example": "#3a9a5b", "eggroll": "#e07b26"}
+OTHERS = ("#8a5fb8", "#b0413e", "#6b6b6b")  # for methods that are added
 
 STYLE = {
     "figure.dpi": 110,
@@ -136,7 +140,8 @@ def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
                 text.format(middle), (place, max(values)), (0, 5), textcoords="offset points",
                 ha="center",
             )  # fmt: skip
-        axes.set_xticks(range(len(methods)), [NAMES.get(m, m) for m in methods])
+        names = [NAMES.get(m, m).replace(", ", "\n") for m in methods]
+        axes.set_xticks(range(len(methods)), names)
         axes.set_ylabel(label)
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.15)

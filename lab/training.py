@@ -9,7 +9,6 @@ A script's own loop body is its method and nothing else:
             training.record(fitness)
 """
 
-import math
 import signal
 import sys
 import time
@@ -26,6 +25,7 @@ from lab import checkpoint
 from lab.cli import FREE_ON_RESUME, as_json, read_saved_config
 from lab.clock import Clock, device_name, peak_memory_mb
 from lab.data import Dataset
+from lab.divergence import FitnessWatch, check_finite
 from lab.errors import Interrupted, UserError
 from lab.evaluation import evaluate, measure
 from lab.optim import AveragedWeights, make_schedule
@@ -84,6 +84,7 @@ class Training:
         self.columns: dict[str, Any] = {}  # of the method's own, for metrics.csv
         self.fitness_sum = torch.zeros((), device=device)
         self.present: tuple[Tensor, Tensor] | None = None  # the batch that is being trained on
+        self.watch = FitnessWatch()
         self.stop_requested = False
         self.saved_at = time.monotonic()
         self.progress: Progress | None = None
@@ -152,12 +153,13 @@ class Training:
         self.schedule.step()
         self.step += 1
         self.fitness_sum += fitness
+        self.watch.add(fitness, self.step)
         self.columns = columns
         if self.average:
             self.average.update(self.network, self.step)
         if self.progress.due():
             done = (self.step - 1) % self.steps_per_epoch + 1
-            mean = self._checked(self.fitness_sum.item() / done)
+            mean = check_finite(self.fitness_sum.item() / done, self.step)
             self.progress.show(self.step, mean, self._batch_accuracy())
 
     # ---- between batches ----
@@ -188,7 +190,8 @@ class Training:
         """The clock stands: evaluate at the end of an epoch, save, and stop if Ctrl-C was hit."""
         if self.step % self.steps_per_epoch == 0:
             self._end_of_epoch()
-        self._checked(self.fitness_sum.item())  # a diverged state must not replace a good one
+        # a diverged state must not replace a good one
+        check_finite(self.fitness_sum.item(), self.step)
         # read once: a Ctrl-C during the save stops after the next step, and is saved as such
         stop = self.stop_requested and self.step < self.total_steps
         self._save("interrupted" if stop else "running")
@@ -211,21 +214,13 @@ class Training:
         }
         if self.step:
             mean = self.fitness_sum.item() / self.steps_per_epoch
-            row["train_fitness"] = round(self._checked(mean), 6)
+            row["train_fitness"] = round(check_finite(mean, self.step), 6)
         self.fitness_sum.zero_()
         if self.epoch % self.config.run.eval_every == 0 or self.epoch == epochs:
             row |= self._evaluate()
         self.rows.append(row | self.columns)
         self._say(epoch_line(row, epochs))
         self.folder.write_metrics(self._aligned_rows())
-
-    def _checked(self, mean_fitness: float) -> float:
-        if not math.isfinite(mean_fitness):
-            raise UserError(
-                f"training diverged: the fitness is {mean_fitness} at step {self.step:,} (try a "
-                f"smaller --lr; the last good checkpoint is in {self.folder.path})"
-            )
-        return mean_fitness
 
     def _examples_forwarded(self) -> int:
         """Forward passes of one example through one member so far."""
@@ -260,6 +255,7 @@ class Training:
             "schedule": self.schedule.state_dict(),
             "average": self.average.model.state_dict() if self.average else None,
             "fitness_sum": self.fitness_sum,
+            "watch": self.watch.state(),
             "rows": self.rows,
             "columns": self.columns,
             "seconds": self.clock.seconds,
@@ -316,6 +312,7 @@ class Training:
             self.average.model.load_state_dict(state["average"])
         self.step, self.rows, self.columns = state["step"], state["rows"], state["columns"]
         self.fitness_sum = state["fitness_sum"]
+        self.watch.load_state(state["watch"])
         self.clock = Clock(self.device, state["seconds"])
         self.compile_seconds, self.earlier_peak_mb = state["compile_seconds"], state["peak_mb"]
 

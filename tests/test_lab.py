@@ -16,6 +16,7 @@ from torch import nn
 import mnist_backprop
 from lab import checkpoint, cli, data, report
 from lab.clock import Clock, peak_memory_mb
+from lab.divergence import FitnessWatch
 from lab.errors import Interrupted, UserError
 from lab.optim import AveragedWeights, make_optimizer, make_schedule
 from lab.runlog import RunFolder, write_text
@@ -325,3 +326,21 @@ def test_ctrl_c_during_a_save_ends_as_interrupted(mnist_dir, tmp_path, monkeypat
     left = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (left["status"], len(saves)) == ("interrupted", 2)
     assert torch.load(saves[-1], weights_only=True)["step"] == left["steps"]
+
+
+def watched(fitness):
+    watch = FitnessWatch()
+    for step, value in enumerate(fitness):
+        watch.add(torch.tensor(value), step)
+
+
+def test_a_fitness_that_collapses_or_is_no_number_is_a_divergence():
+    learning = [-2.3 + 2 * step / 500 for step in range(500)]
+    watched(learning + [-0.3] * 200)
+    watched([0.1] * 500)  # nothing learned is no divergence
+    with pytest.raises(UserError, match=r"fell from -0\.\d+ to -2\.3 by step 549"):
+        watched(learning + [-2.3] * 100)
+    with pytest.raises(UserError, match=r"to -4\.9e\+31 by step 49, and was -2\.3"):
+        watched([-2.3] + [-5e31] * 100)
+    with pytest.raises(UserError, match="nan at step 0"):
+        watched([float("nan")] * 100)

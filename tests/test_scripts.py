@@ -21,6 +21,7 @@ BACKPROP, EGGROLL = "mnist_backprop.py", "mnist_eggroll.py"
 BOTH = pytest.mark.parametrize("script", [BACKPROP, EGGROLL])
 SMALL = (*SAMPLE, "--hidden-dim", "32", "--epochs", "2")
 POPULATION = ("--population", "64")
+PAPER = ("--estimator", "population")
 
 
 def flags_for(script, *flags):
@@ -67,11 +68,36 @@ GROUPS = [
     (BACKPROP, ["--momentum", "0.9", "--lr-schedule", "cosine", "--lr", "0.05", "--bias"]),
     (BACKPROP, ["--average-weights", "ema", "--ema-decay", "0.9", "--init", "orthogonal"]),
     (BACKPROP, ["--lr-decay", "0.5", "--batch-size", "100", "--eval-every", "2", "--quiet"]),
-    (EGGROLL, ["--rank", "3", "--bias", "--shaping", "centered-rank", "--chunk-size", "1000"]),
-    (EGGROLL, ["--fitness", "accuracy", "--shaping", "sign", "--sigma", "0.05"]),
-    (EGGROLL, ["--shaping", "none", "--lr", "0.01", "--momentum", "0", "--sigma-decay", "0.9"]),
-    (EGGROLL, ["--temperature", "2", "--optimizer", "adam", "--lr", "0.003"]),
-    (EGGROLL, ["--average-weights", "equal", "--train-on-all", "--preset", "cpu", "--seed", "7"]),
+    (
+        EGGROLL,
+        [*PAPER, "--rank", "3", "--bias", "--shaping", "centered-rank", "--chunk-size", "1000"],
+    ),
+    (EGGROLL, [*PAPER, "--fitness", "accuracy", "--shaping", "sign", "--sigma", "0.05"]),
+    (
+        EGGROLL,
+        [*PAPER, "--shaping", "none", "--lr", "0.01", "--momentum", "0", "--sigma-decay", "0.9"],
+    ),
+    (EGGROLL, [*PAPER, "--optimizer", "adam", "--lr", "0.003", "--winsorize", "0.05"]),
+    (EGGROLL, [*PAPER, "--layers-per-member", "one", "--sampling", "batch-subspace"]),
+    (
+        EGGROLL,
+        [
+            *PAPER,
+            "--population-growth",
+            "3",
+            "--clip-norm",
+            "0.5",
+            "--preset",
+            "gpu",
+            "--lr",
+            "0.01",
+        ],
+    ),
+    (EGGROLL, ["--average-weights", "equal", "--train-on-all", "--seed", "7", "--rank", "2"]),
+    (EGGROLL, ["--bias", "--population-growth", "0.5", "--winsorize", "0.01", "--chunk-size", "5"]),
+    (EGGROLL, ["--perturbation", "activations", "--sigma", "0.1", "--label-smoothing", "0.2"]),
+    (EGGROLL, ["--noise", "gaussian", "--sampling", "gaussian", "--lr", "0.005"]),
+    (EGGROLL, ["--fitness", "accuracy", "--difference", "central", "--sigma", "0.05"]),
 ]
 
 
@@ -129,6 +155,12 @@ BAD_FLAGS = [
     (EGGROLL, ["--rank", "0"], "--rank 0 is below 1"),
     (EGGROLL, ["--sigma", "0"], "--sigma 0.0 is not above 0"),
     (EGGROLL, ["--popultion", "64"], "--population"),
+    (EGGROLL, ["--shaping", "sign"], "population estimator"),
+    (EGGROLL, [*PAPER, "--noise", "orthogonal"], "add --layers-per-member one"),
+    (EGGROLL, [*PAPER, "--layers-per-member", "one", "--groups", "2"], "try groups 1"),
+    (EGGROLL, ["--groups", "7"], "try a population of"),
+    (EGGROLL, ["--backend", "triton"], "try compile"),
+    (EGGROLL, ["--winsorize", "0.5"], "--winsorize 0.5 is outside"),
     (BACKPROP, ["--epochs", "0"], "--epochs 0 is below 1"),
     (BACKPROP, ["--epochs", "many"], "--epochs"),
     (BACKPROP, ["--batch-size", "5000"], "--batch-size 5000 is more than"),
@@ -182,6 +214,13 @@ def test_a_full_disk_gets_its_line_and_loses_nothing(script, tmp_path):
 def test_divergence_is_named_and_keeps_the_last_checkpoint(tmp_path):
     done = train(BACKPROP, tmp_path / "run", "--lr", "1e6", code=2)
     assert "diverged" in done.stderr and "--lr" in done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_a_fitness_that_collapses_stops_the_run(tmp_path):
+    """At this rate the weights blow up, and every number stays finite."""
+    done = train(EGGROLL, tmp_path / "run", "--lr", "1", "--epochs", "4", code=2)
+    assert "diverged" in done.stderr and "lr" in done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
@@ -244,7 +283,7 @@ def test_resumption_refuses_what_would_be_another_run(tmp_path):
     train(BACKPROP, tmp_path / "run")
     resume = ("--resume", "--out-dir", tmp_path / "run")
     done = run_script(BACKPROP, *resume, "--lr", "0.7")
-    assert done.returncode == 2 and "--lr was 0.1" in done.stderr
+    assert done.returncode == 2 and "--lr was 0.05" in done.stderr
     done = run_script(EGGROLL, *resume)
     assert done.returncode == 2
     done = run_script(BACKPROP, "--resume", "--out-dir", tmp_path / "nowhere")
@@ -270,9 +309,11 @@ def test_print_config_trains_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_announcement_names_the_preset_and_the_other_one(tmp_path):
-    done = train(EGGROLL, tmp_path / "run", "--device", "cpu")
-    assert "preset cpu" in done.stdout and "--preset gpu" in done.stdout
+def test_the_announcement_names_the_estimator_and_the_other_one(tmp_path):
+    done = train(EGGROLL, tmp_path / "paper", *PAPER, "--device", "cpu")
+    assert "preset population-cpu" in done.stdout and "--preset gpu" in done.stdout
+    done = train(EGGROLL, tmp_path / "credit", "--device", "cpu")
+    assert "per-example credit" in done.stdout and "--estimator population" in done.stdout
 
 
 # ---- run_experiments.sh ----
@@ -304,12 +345,12 @@ def test_the_experiment_writes_its_report_and_goes_on_where_it_stopped(tmp_path)
     rows = read_csv(latest / "summary.csv")
     assert tuple(rows[0]) == SUMMARY_KEYS
     assert [(r["method"], r["seed"]) for r in rows] == [
-        ("backprop", "0"), ("backprop", "1"), ("eggroll", "0"), ("eggroll", "1")
-    ]  # fmt: skip
+        (method, seed) for method in ("backprop", "eggroll-per-example", "eggroll") for seed in "01"
+    ]
     assert "mnist-sample" in (latest / "summary.md").read_text()
     assert (latest / "summary.md").read_text().split("\n\n", 1)[1] in done.stdout
     again = experiments(*TINY, tmp_path=tmp_path, SEEDS="0 1")
-    assert again.stdout.count("finished already") == 4
+    assert again.stdout.count("finished already") == 6
     other = experiments(*TINY, "--lr", "0.02", tmp_path=tmp_path)
     assert other.returncode == 0 and "made with other flags" in other.stdout
     assert len(list(tmp_path.glob("latest_until_*/eggroll/seed1"))) == 1
@@ -334,6 +375,7 @@ def test_without_data_or_network_the_experiment_falls_back_loudly(tmp_path):
         (["--population", "63"], "try 64"),
         (["--seed", "3"], "SEEDS"),
         (["--out-dir", "x"], "RESULTS_DIR"),
+        (["--estimator", "population"], "METHODS"),
     ],
 )
 def test_the_experiment_checks_every_flag_before_it_starts(flags, message, tmp_path):
