@@ -1,8 +1,8 @@
 """How a population is evaluated: plainly, compiled, or by kernels of our own. One rule chooses.
 
 eager    the plain twin: PyTorch operations, one after the other. Runs everywhere
-compile  torch.compile fuses the low-rank term with the activation that follows it. 1.2 to 1.3
-         times as fast on a CPU; the first step takes half a minute, once per machine and shape
+compile  torch.compile fuses what lies between the matrix products: low-rank terms, activations and
+         the fitness. The first step takes up to half a minute, once per machine and shape
 triton   kernels that draw the noise where they use it (NVIDIA GPUs)
 
 auto takes triton on a CUDA GPU where Triton is installed. On a CPU it takes compile where a C++
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.estimator import estimate_layer
+from eggroll.fitness import Fitness
 from eggroll.noise import LayerNoise
+from eggroll.perturbed import shared_products
 from eggroll.population import Chunk, Population, draw_keyed, perturbed_forward
 
 BACKENDS = ("auto", "eager", "compile", "triton")
@@ -91,9 +93,19 @@ class Eager:
         """The noise of one block of pairs for one layer."""
         return draw_keyed(population, layer_index, block)
 
-    def forward(self, chunk: Chunk, inputs: Tensor) -> Tensor:
+    def share(self, population: Population, inputs: Tensor) -> Any:
+        """What all chunks that see these inputs (B, ...) have in common, for `forward`."""
+        return shared_products(population.network, population.layers, inputs)
+
+    def forward(self, chunk: Chunk, inputs: Tensor, shared: Any) -> Tensor:
         """Outputs (P, B, ...) of a chunk's members for inputs (B, ...)."""
-        return chunk.forward(inputs)
+        return chunk.forward(inputs, shared)
+
+    def score(
+        self, chunk: Chunk, inputs: Tensor, labels: Tensor, fitness: Fitness, shared: Any
+    ) -> Tensor:
+        """What the fitness says of these outputs: (P, B) or (P,)."""
+        return fitness(self.forward(chunk, inputs, shared), labels)
 
     def estimate(
         self, population: Population, layer_index: int, weights: Tensor
@@ -124,26 +136,33 @@ class FirstShape:
 
 
 class Compiled(Eager):
-    """The whole forward of a chunk through torch.compile."""
+    """The whole of a chunk, from noise to scores, through torch.compile."""
 
     def __init__(self):
-        self.compiled = FirstShape(_forward_of_tensors)
+        self.compiled = FirstShape(_scores_of_tensors)
 
     @torch.no_grad()
-    def forward(self, chunk: Chunk, inputs: Tensor) -> Tensor:
+    def score(
+        self, chunk: Chunk, inputs: Tensor, labels: Tensor, fitness: Fitness, shared: Any
+    ) -> Tensor:
         population = chunk.population
         # a number would be compiled in, and sigma may follow a schedule
         sigma = torch.tensor(population.sigma, device=inputs.device, dtype=inputs.dtype)
         factors = [f for noise in chunk.draw() for f in (noise.a, noise.b, noise.bias)]
-        return self.compiled(population.network, population.layers, sigma, inputs, *factors)
+        fixed = (population.network, population.layers, fitness)
+        return self.compiled(*fixed, sigma, inputs, labels, *shared, *factors)
 
 
-def _forward_of_tensors(
+def _scores_of_tensors(
     network: nn.Module,
     layers: list[nn.Linear],
+    fitness: Fitness,
     sigma: Tensor,
     inputs: Tensor,
-    *factors: Tensor | None,
+    labels: Tensor,
+    *tensors: Tensor | None,
 ) -> Tensor:
+    shared, factors = list(tensors[: len(layers)]), tensors[len(layers) :]
     noise = [LayerNoise(*factors[i : i + 3]) for i in range(0, len(factors), 3)]
-    return perturbed_forward(network, layers, noise, sigma, inputs)
+    outputs = perturbed_forward(network, layers, noise, sigma, inputs, shared)
+    return fitness(outputs, labels)

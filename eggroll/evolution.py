@@ -8,6 +8,7 @@ for inputs, labels in batches:
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from eggroll.backends import choose_backend, make_backend
 from eggroll.captured import CapturedStep
 from eggroll.estimator import pair_weights
-from eggroll.fitness import SHAPINGS, Fitness, member_scores, winsorized
+from eggroll.fitness import SHAPINGS, Fitness, check_finite, member_scores, winsorized
 from eggroll.perturbed import PopulationError
 from eggroll.population import Population, linear_layers
 
@@ -119,10 +120,16 @@ class Evolution:
                 f"a batch of {len(inputs)} cannot be shared among {population.groups} groups"
             )
         scores = torch.empty(population.size, device=population.device)
+        shared: dict[int, Any] = {}  # by group
         for chunk in population.chunks(self.chunk_size):
-            outputs = self.backend.forward(chunk, chunk.part(inputs))
-            fitness = self.fitness(outputs, chunk.part(labels))
-            scores[chunk.members] = member_scores(fitness, len(chunk), population.step)
+            seen = chunk.part(inputs)
+            if chunk.group not in shared:
+                shared[chunk.group] = self.backend.share(population, seen)
+            found = self.backend.score(
+                chunk, seen, chunk.part(labels), self.fitness, shared[chunk.group]
+            )
+            scores[chunk.members] = member_scores(found, len(chunk))
+        check_finite(scores, population.step)
         return scores
 
     @torch.no_grad()

@@ -23,7 +23,14 @@ from eggroll.backends import FirstShape
 from eggroll.centre import Centre, forward_of_members
 from eggroll.credit import example_credit, member_credit
 from eggroll.directions import KINDS, draw_directions, most_members
-from eggroll.fitness import SHAPINGS, Fitness, example_scores, member_scores, winsorized
+from eggroll.fitness import (
+    SHAPINGS,
+    Fitness,
+    check_finite,
+    example_scores,
+    member_scores,
+    winsorized,
+)
 from eggroll.noise import generator_seed
 from eggroll.perturbed import PopulationError
 from eggroll.population import linear_layers
@@ -173,8 +180,11 @@ class LayerwiseEvolution:
     def _scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
         scores = self.fitness(outputs, labels)
         if self.credit == "member":
-            return member_scores(scores, len(outputs), self.step)
-        return example_scores(scores, *outputs.shape[:2], self.step)
+            scores = member_scores(scores, len(outputs))
+        else:
+            scores = example_scores(scores, *outputs.shape[:2])
+        check_finite(scores, self.step)
+        return scores
 
     def _slopes(self, scores: list[Tensor], baseline: Tensor) -> Tensor:
         """Change of each example's fitness per sigma, (M, B)."""

@@ -15,23 +15,27 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def outputs(backend, population, inputs):
-    return torch.cat([backend.forward(c, c.part(inputs)) for c in population.chunks()])
+def scores(backend, population, inputs, labels):
+    found = []
+    for chunk in population.chunks():
+        seen, own = chunk.part(inputs), chunk.part(labels)
+        shared = backend.share(population, seen)
+        found.append(backend.score(chunk, seen, own, cross_entropy(), shared))
+    return torch.cat(found)
 
 
 @needs_compiler
 @pytest.mark.parametrize(("rank", "bias"), [(1, False), (3, True)])
-def test_compiled_forward_equals_the_plain_one(rank, bias):
+def test_compiled_scores_equal_the_plain_ones(rank, bias):
     network = MLP(33, 17, 10, bias=bias, seed=2)
-    inputs = torch.randn(13, 33)
+    inputs, labels = torch.randn(12, 33), torch.randint(0, 10, (12,))
     compiled = Compiled()
     for step, sigma in ((0, 0.3), (1, 0.1)):  # neither noise nor sigma may be compiled in
         # a last block with fewer pairs, and groups of unequal parts, go through the twin
         population = Population(network, 4 * CPU_BLOCK + 8, rank, sigma, 4, step, groups=2)
-        expected = outputs(Eager(), population, inputs[:12])
-        torch.testing.assert_close(
-            outputs(compiled, population, inputs[:12]), expected, rtol=1e-4, atol=1e-5
-        )
+        expected = scores(Eager(), population, inputs, labels)
+        found = scores(compiled, population, inputs, labels)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_compiler

@@ -5,7 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from eggroll import FitnessError, accuracy, cross_entropy
-from eggroll.fitness import antithetic_sign, centered_rank, member_scores, unshaped, z_score
+from eggroll.fitness import (
+    antithetic_sign,
+    centered_rank,
+    check_finite,
+    member_scores,
+    unshaped,
+    z_score,
+)
 
 
 def test_cross_entropy_is_the_log_likelihood_of_each_example():
@@ -74,5 +81,5 @@ def test_scores_of_a_wrong_shape_are_named(shape):
 
 def test_scores_that_are_not_finite_are_counted():
     scores = torch.tensor([0.0, float("nan"), float("inf"), 1.0])
-    with pytest.raises(FitnessError, match="2 of 4 members"):
-        member_scores(scores, 4)
+    with pytest.raises(FitnessError, match="2 of 4 members is not finite at step 7"):
+        check_finite(scores, 7)

@@ -141,7 +141,7 @@ def test_a_network_that_merges_its_leading_axis_is_told_so():
 def test_a_foreign_layer_is_refused(small_network):
     population = Population(small_network, 4, 1, 0.1, 0, 0)
     noise = next(population.chunks()).draw()
-    linear = PerturbedLinear(population.layers, noise, population.sigma)
+    linear = PerturbedLinear(population.layers, noise, population.sigma, [None])
     with pytest.raises(PopulationError, match=r"not an nn\.Linear of the evolving network"):
         linear(nn.Linear(7, 5), torch.randn(4, 3, 7))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.captured import capturing
+from eggroll.fitness import Fitness
 from eggroll.kernels.draw import draw_layer
 from eggroll.kernels.estimate import estimate_layer
 from eggroll.kernels.forward import forward, linear
@@ -46,7 +47,10 @@ class Triton:
         place = {"layer_index": layer_index, "start": start, "stop": stop}
         return draw_layer(layer, population.rank, key=self.key, **place)
 
-    def forward(self, chunk: Chunk, inputs: Tensor) -> Tensor:
+    def share(self, population: Population, inputs: Tensor) -> None:
+        """Nothing: the kernels compute the first layer's product where they use it."""
+
+    def forward(self, chunk: Chunk, inputs: Tensor, shared: None = None) -> Tensor:
         """Outputs (P, B, ...) of a chunk's members for inputs (B, ...)."""
         population = chunk.population
         self.prepare(population)
@@ -56,6 +60,12 @@ class Triton:
         if type(population.network) is MLP:
             return forward(population.network, inputs, **settings)
         return self._forward_through_linear(population, len(chunk), inputs, settings)
+
+    def score(
+        self, chunk: Chunk, inputs: Tensor, labels: Tensor, fitness: Fitness, shared: None = None
+    ) -> Tensor:
+        """What the fitness says of these outputs: (P, B) or (P,)."""
+        return fitness(self.forward(chunk, inputs, shared), labels)
 
     def _forward_through_linear(
         self, population: Population, members: int, inputs: Tensor, settings: dict
