@@ -1,5 +1,8 @@
 """Two ways to read the fitness of members that perturb one layer each.
 
+Per-example credit has a slope for each example, and the paper's estimator one for each member: how
+much the mean fitness over all that it saw changed per sigma.
+
 Letters: M directions, R rank, B examples, E rows, one or more of each example, O/I a
 layer's outputs/inputs, G groups of examples: example e belongs to group e modulo G.
 """
@@ -81,22 +84,43 @@ def materialised_credit(
     return total / examples
 
 
-def member_credit(
-    scores: list[Tensor],  # of each layer's members, (2 M,), both signs of a pair side by side
-    factors: list[tuple[Tensor, Tensor]],  # of each layer, A (M, R, O) and B (M, R, I)
+def member_slopes(
+    scores: list[tuple[Tensor, Tensor]],  # of each layer's members, plus and minus, (M, G) each
     shaping: str,
     sigma: float,
 ) -> list[Tensor]:
-    """Ascent direction of each layer, (O, I), by the paper's estimator: a score per member.
+    """What the paper's estimator weighs each perturbation by, (M, G) for each layer.
 
-    Scores are shaped together, so that layers keep their proportions: shaped one by one, each
-    would have an estimate of the same size. What a layer's members have in common is taken off
-    first; the mean over the layer's pairs is then the estimate.
+    (s+ - s-) / 2 for shaped scores s, over sigma where they are not shaped. Scores of all layers
+    are shaped together, so that layers keep their proportions: shaped one by one, each would have
+    an estimate of the same size. What the members of a layer and group have in common is taken
+    off first: that its examples are easy is no merit of theirs.
     """
-    centred = torch.cat([s - s.mean() for s in scores])
-    weights = pair_weights(centred, shaping, sigma).split([len(a) for a, _ in factors])
-    return [
-        torch.einsum("mro,mri->oi", a * (w * len(centred) / (2 * len(a)))[:, None, None], b)
-        / a.shape[1] ** 0.5
-        for (a, b), w in zip(factors, weights, strict=True)
-    ]
+    pairs = [torch.stack(both, dim=-1) for both in scores]  # (M, G, 2)
+    centred = torch.cat([(p - p.mean((0, 2), keepdim=True)).flatten() for p in pairs])
+    weights = pair_weights(centred, shaping, sigma) * (len(centred) / 2)
+    sizes = [p.shape[:2].numel() for p in pairs]
+    return [w.view(p.shape[:2]) for w, p in zip(weights.split(sizes), pairs, strict=True)]
+
+
+def member_credit(
+    slopes: Tensor,  # (M, G), change of the mean fitness of what a member saw, per sigma
+    a: Tensor,  # (G, M, R, O)
+    projections: Projections,
+    rows: Tensor,  # (E, I)
+    examples: int,
+) -> Tensor:
+    """Ascent direction of the mean fitness, (O, I), from one score per member: the paper's.
+
+    The mean over members of slope * A B^T / sqrt(R), and over groups by their size. Where B is not formed, it is
+    known by what it does to its group's rows: this is `example_credit` with one slope for all of
+    them, which also divides by the covariance of what was drawn, as the likelihood ratio of a
+    Gaussian that is not isotropic does (Wierstra et al. 2014, arXiv 1106.4487, section 3).
+    """
+    groups, members, rank, _ = a.shape
+    group = torch.arange(examples, device=slopes.device) % groups
+    slopes = slopes * group.bincount(minlength=groups)
+    if projections.b is None:
+        return example_credit(slopes[:, group], a, projections, rows)
+    weighed = torch.einsum("mg,gmro->mro", slopes, a).flatten(0, 1)
+    return weighed.T @ projections.b.flatten(0, 1) / (members * examples * rank**0.5)

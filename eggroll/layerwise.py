@@ -15,13 +15,14 @@ rank, O/I a layer's outputs/inputs, G groups of examples.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from eggroll.backends import FirstShape
 from eggroll.centre import Centre, forward_of_members
-from eggroll.credit import example_credit, member_credit
+from eggroll.credit import example_credit, member_credit, member_slopes
 from eggroll.directions import KINDS, draw_directions, most_members
 from eggroll.fitness import (
     SHAPINGS,
@@ -34,7 +35,7 @@ from eggroll.fitness import (
 from eggroll.noise import generator_seed
 from eggroll.perturbed import PopulationError
 from eggroll.population import linear_layers
-from eggroll.projections import SAMPLINGS, WITH_B, Projections, draw_projections
+from eggroll.projections import SAMPLINGS, Projections, draw_projections
 
 CREDITS = ("example", "member")
 DIFFERENCES = ("central", "forward")
@@ -62,7 +63,8 @@ class LayerwiseEvolution:
     population  members per step. The groups share them equally, and in each group the layers;
                 no layer gets more than eggroll.directions.most_members
     credit      "example": each example is credited with its own fitness (eggroll.credit).
-                "member": the paper's estimator, one score per member
+                "member": the paper's estimator, one score per member: its mean fitness over the
+                examples that its group sees
     noise       kind of A, one of eggroll.directions.KINDS
     sampling    kind of B, one of eggroll.projections.SAMPLINGS
     difference  "central": members come in antithetic pairs. "forward": each is compared with the
@@ -70,7 +72,7 @@ class LayerwiseEvolution:
     groups      parts of the population that each see their own part of every batch: group g sees
                 the examples g, g + groups, ... Their errors average out
     shaping     of the members' scores, for credit "member"
-    winsorize   share of the scores (or of the examples' slopes) at either end that is pulled in
+    winsorize   share of the slopes at either end that is pulled in
     rank, sigma, seed, chunk_size  as in Evolution
     backend     "eager" or "compile"
 
@@ -97,7 +99,7 @@ class LayerwiseEvolution:
         chunk_size: int | None = None,
         backend: str = "eager",
     ):
-        _check(credit, noise, sampling, difference, groups, shaping)
+        _check(credit, noise, sampling, difference, shaping)
         self.network, self.fitness, self.layers = network, fitness, linear_layers(network)
         if not self.layers:
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
@@ -134,19 +136,17 @@ class LayerwiseEvolution:
         centre = Centre(self.network, inputs)
         baseline = self._scores(centre.result, labels)
         drawn = [self._draw(centre, index, count) for index, count in enumerate(self.directions())]
-        scores = [self._evaluate(centre, part, inputs, labels) for part in drawn]
+        pairs = [self._evaluate(centre, part, inputs, labels, baseline) for part in drawn]
         if self.credit == "example":
-            estimates = [
-                example_credit(self._slopes(s, baseline), d.a, d.projections, d.rows)
-                for d, s in zip(drawn, scores, strict=True)
-            ]
+            slopes = [(plus - minus) / (2 * self.sigma) for plus, minus in pairs]
+            estimate = example_credit
         else:
-            estimates = member_credit(
-                [winsorized(torch.stack(s, dim=1).flatten(), self.winsorize) for s in scores],
-                [(d.a[0], d.projections.b) for d in drawn],
-                self.shaping,
-                self.sigma,
-            )
+            slopes = member_slopes(pairs, self.shaping, self.sigma)
+            estimate = partial(member_credit, examples=len(labels))
+        estimates = [
+            estimate(winsorized(slope, self.winsorize), d.a, d.projections, d.rows)
+            for slope, d in zip(slopes, drawn, strict=True)
+        ]
         for layer, estimate in zip(self.layers, estimates, strict=True):
             _write_gradient(layer, estimate)
         self.step += 1
@@ -164,35 +164,45 @@ class LayerwiseEvolution:
         return Drawn(index, a, projections, rows)
 
     def _evaluate(
-        self, centre: Centre, drawn: Drawn, inputs: Tensor, labels: Tensor
-    ) -> list[Tensor]:
-        """Scores of the members that perturb one layer, (M, B) or (M,): a tensor for each sign."""
+        self, centre: Centre, drawn: Drawn, inputs: Tensor, labels: Tensor, baseline: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of one layer's members and of their antithetic twins, (M, B) or (M, G) each.
+
+        With forward differences a twin is not evaluated: it is taken to be as far below the
+        unperturbed network as the member is above it.
+        """
         moves = drawn.projections.u * (self.sigma / self.rank**0.5)
         moves = moves.unflatten(-1, centre.inputs[drawn.index].shape[1:-1])
         parts = list(zip(moves.split(self.chunk), drawn.a.split(self.chunk, dim=1), strict=True))
         before = (self.network, self.layers, centre.outputs, centre.calls, drawn.index)
-        scores = []
-        for sign in (1, -1) if self.difference == "central" else (1,):
+
+        def scores(sign: int) -> Tensor:
             outputs = [self.forward(*before, sign * u, a, inputs) for u, a in parts]
-            scores.append(self._scores(torch.cat(outputs), labels))
-        return scores
+            return self._scores(torch.cat(outputs), labels)
+
+        plus = scores(1)
+        return plus, scores(-1) if self.difference == "central" else 2 * baseline - plus
 
     def _scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        scores = self.fitness(outputs, labels)
-        if self.credit == "member":
-            scores = member_scores(scores, len(outputs))
+        """Of each member on each example, (M, B), or on all that its group sees, (M, G)."""
+        if self.credit == "example":
+            scores = example_scores(self.fitness(outputs, labels), *outputs.shape[:2])
         else:
-            scores = example_scores(scores, *outputs.shape[:2])
+            scores = self._scores_by_group(outputs, labels)
         check_finite(scores, self.step)
         return scores
 
-    def _slopes(self, scores: list[Tensor], baseline: Tensor) -> Tensor:
-        """Change of each example's fitness per sigma, (M, B)."""
-        if self.difference == "central":
-            change = (scores[0] - scores[1]) / 2
+    def _scores_by_group(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """(M, G). A fitness that scores examples one by one is asked once, for all groups."""
+        own = [slice(group, None, self.groups) for group in range(self.groups)]
+        scores = self.fitness(outputs, labels)
+        if scores.dim() == 2:
+            parts = [scores[:, examples] for examples in own]
+        elif self.groups == 1:
+            parts = [scores]
         else:
-            change = scores[0] - baseline
-        return winsorized(change / self.sigma, self.winsorize)
+            parts = [self.fitness(outputs[:, examples], labels[examples]) for examples in own]
+        return torch.stack([member_scores(part, len(outputs)) for part in parts], dim=1)
 
 
 def usual_groups(population: int, layers: int, difference: str) -> int:
@@ -225,9 +235,7 @@ def _write_gradient(layer: nn.Linear, estimate: Tensor) -> None:
         layer.bias.grad = estimate[:, inputs].neg()
 
 
-def _check(
-    credit: str, noise: str, sampling: str, difference: str, groups: int, shaping: str
-) -> None:
+def _check(credit: str, noise: str, sampling: str, difference: str, shaping: str) -> None:
     """Raises PopulationError for a name that is not known, and for what does not go together."""
     known = {
         "credit": (credit, CREDITS),
@@ -239,19 +247,8 @@ def _check(
     for what, (name, names) in known.items():
         if name not in names:
             raise PopulationError(f"{what} {name!r} is not known (try {', '.join(names)})")
-    if credit == "example":
-        if shaping != "none":
-            raise PopulationError(
-                f"{shaping} shaping is for one score per member, and per-example credit reads one "
-                "for each example (try shaping none, or the population estimator)"
-            )
-    elif groups > 1 or difference == "forward":
+    if credit == "example" and shaping != "none":
         raise PopulationError(
-            "one score per member takes one group and central differences where members perturb "
-            "one layer each (try groups 1, difference central)"
-        )
-    elif sampling not in WITH_B:
-        raise PopulationError(
-            f"one score per member needs a B, which {sampling} sampling does not form "
-            f"(try {' or '.join(WITH_B)})"
+            f"{shaping} shaping is for one score per member, and per-example credit reads one "
+            "for each example (try shaping none, or the population estimator)"
         )

@@ -16,7 +16,6 @@ from torch import Tensor
 from eggroll.directions import random_signs
 
 SAMPLINGS = ("gaussian", "batch-subspace", "whitened", "activations")
-WITH_B = ("gaussian", "batch-subspace")  # those that form a B
 
 # The smallest pivot of the rows' correlation matrix that still counts as independent: rows that
 # are closer than this to the span of the others are treated as lying in it.
