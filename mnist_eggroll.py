@@ -30,33 +30,35 @@ from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig
 from lab.optim import make_optimizer, step
 from lab.training import Members, Training
 
-# What runs where no flag says otherwise. Names of presets are estimator, machine and dataset. With
-# the paper's estimator, gpu is the full experiment, and cpu ends within 5 minutes on two cores. An
-# epoch of mnist-sample is 32 steps, so it gets more of them.
+# What runs where no flag says otherwise. Names of presets are estimator, kind and dataset. Of the
+# paper's estimator, gpu is the full experiment, cpu ends within 5 minutes on two cores, and tools
+# adds to it what makes one score per member go further (benchmarks/variance_tools.py). An epoch of
+# mnist-sample is 32 steps, so it gets more of them.
 PAPER = {"layers_per_member": "all", "sampling": "gaussian", "noise": "gaussian", "groups": 1}
 PAPER |= {"difference": "central", "shaping": "z-score", "sigma": 0.02, "temperature": 2.0}
 PAPER |= {"label_smoothing": 0.0}
 CREDIT = {"layers_per_member": "one", "sampling": "whitened", "noise": "orthogonal"}
 CREDIT |= {"difference": "forward", "shaping": "none", "sigma": 0.004, "temperature": 1.0}
 CREDIT |= {"label_smoothing": 0.1}
+TOOLS = CREDIT | {"temperature": 2.0, "label_smoothing": 0.0}
 PRESETS = {
     "per-example": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 6},
     "per-example-quick": CREDIT | {"population": 768, "lr": 0.02, "epochs": 1},
-    "per-example-sample": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 30},
-    "per-example-quick-sample": CREDIT | {"population": 768, "lr": 0.02, "epochs": 10},
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
-    "population-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-gpu-sample": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 30},
-    "population-cpu-sample": PAPER | {"population": 832, "lr": 0.015, "epochs": 30},
-    "population-quick-sample": PAPER | {"population": 128, "lr": 0.01, "epochs": 10},
+    "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
+    "population-tools": TOOLS | {"population": 4608, "lr": 0.03, "epochs": 10},
+    "population-tools-quick": TOOLS | {"population": 768, "lr": 0.01, "epochs": 1},
 }
+PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
+PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}
+PRESETS |= {n: p | {"epochs": 10} for n, p in PRESETS.items() if n.endswith("quick-sample")}
 SHOWN = ("population", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
-PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank"}
+PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank", "share_a": False}
 LAYERS = 3  # of the network
-METHODS = {"per-example": "eggroll-per-example", "population": "eggroll"}  # names in the results
+QUICK, SAMPLE = "-quick", "-sample"  # endings of presets
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,16 @@ class EvolutionFlags:
     estimator: Literal["per-example", "population"] = "per-example"
     """population: the paper's, one score per member. per-example: every example is credited with
     its own fitness, which takes far fewer members, and more than the paper's estimator looks at."""
-    preset: Literal["auto", "gpu", "cpu"] = "auto"
+    preset: Literal["auto", "gpu", "cpu", "tools"] = "auto"
     """Which row of PRESETS decides for the paper's estimator what no flag does; auto takes the
-    device's."""
+    device's. tools: members that perturb one layer each, and see 8 examples each."""
     population: PresetInt = None
     """Members per step, over all groups."""
     groups: PresetInt = None
     """Parts of the population that each see their own part of every batch: with 8, 8 times as many
-    members cost as many forward passes. Per-example credit takes up to 16 by itself."""
+    members cost as many forward passes. Up to 16 by themselves, but for the paper's presets."""
+    share_a: bool = False
+    """All groups perturb in the same directions A. (A B that is formed they share in any case.)"""
     layers_per_member: Annotated[Literal["all", "one"] | None, PresetName] = None
     """all, as in the paper, or one: each layer's merit is then not read through the others'."""
     rank: int = 1
@@ -134,9 +138,9 @@ def resolve(config: Config, device: torch.device) -> Config:
     if flags.layers_per_member == "all":
         for name, paper in PAPER_ONLY.items():
             if (value := getattr(flags, name)) != paper:
-                flag = name.replace("_", "-")
+                flag = cli.flag(name, value)
                 raise PopulationError(
-                    f"--{flag} {value} needs members that perturb one layer each "
+                    f"{flag} needs members that perturb one layer each "
                     "(add --layers-per-member one)"
                 )
     check_population(flags.population, flags.rank, flags.sigma, flags.groups)
@@ -146,16 +150,20 @@ def resolve(config: Config, device: torch.device) -> Config:
 
 
 def preset_name(config: Config, device: torch.device) -> str:
-    flags, parts = config.evolution, [config.evolution.estimator]
+    flags, name = config.evolution, config.evolution.estimator
+    if flags.estimator == "population":
+        own = "cpu" if device.type == "cpu" else "gpu"
+        name += "-" + (own if flags.preset == "auto" else flags.preset)
     if config.run.quick:
-        parts.append("quick")
-    elif flags.estimator == "population":
-        parts.append("cpu" if device.type == "cpu" else "gpu")
-        if flags.preset != "auto":
-            parts[-1] = flags.preset
-    if config.data.dataset == data.SAMPLE:
-        parts.append("sample")
-    return "-".join(parts)
+        name += QUICK
+    return name + (SAMPLE if config.data.dataset == data.SAMPLE else "")
+
+
+def method_name(config: Config) -> str:
+    """What a run is called in the results."""
+    if config.evolution.estimator == "per-example":
+        return "eggroll-per-example"
+    return "eggroll" if config.evolution.layers_per_member == "all" else "eggroll-tools"
 
 
 def shown(preset: str) -> dict[str, float]:
@@ -172,10 +180,10 @@ def announcement(config: Config, name: str) -> str:
             "fitness\n(the paper's estimator: python mnist_eggroll.py --estimator population)"
         )
     else:
-        other = "cpu" if "gpu" in name else "gpu"
+        others = " or ".join(p for p in ("gpu", "cpu", "tools") if f"-{p}" not in name)
         why = (
             "the paper's estimator: one score per member "
-            f"(its other preset: python mnist_eggroll.py --estimator population --preset {other})"
+            f"(other presets: python mnist_eggroll.py --estimator population --preset {others})"
         )
     return f"{why}\npreset {name} ({values})"
 
@@ -211,6 +219,7 @@ def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | La
             noise=flags.noise,
             sampling="activations" if flags.perturbation == "activations" else flags.sampling,
             difference=flags.difference,
+            share_a=flags.share_a,
             backend=backend,
             **shared,
         )
@@ -249,8 +258,9 @@ def train(config: Config, device: torch.device) -> None:
     keep_freed_memory()
 
     members = Members(flags.population, flags.groups, flags.population_growth, backend)
-    method = METHODS[flags.estimator]
-    with Training(method, config, digits, network, optimizer, device, members) as training:
+    with Training(
+        method_name(config), config, digits, network, optimizer, device, members
+    ) as training:
         with training.warm_up() as (images, labels):
             evolution.estimate(images, labels)
         evolution.step = training.step  # keys the noise: the warm-up's is drawn again
@@ -263,12 +273,14 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def main() -> None:
-    config = cli.parse(Config, cli.describe(__doc__, {name: shown(name) for name in PRESETS}))
+    config = cli.parse(
+        Config, cli.describe(__doc__, {n: shown(n) for n in PRESETS if SAMPLE not in n})
+    )
     device = cli.resolve_device(config.run.device)
     name = preset_name(config, device)
     config = resolve(config, device)
     if config.run.print_config:
-        cli.print_config(METHODS[config.evolution.estimator], config, device)
+        cli.print_config(method_name(config), config, device)
         return
     if not config.run.quiet:
         print(announcement(config, name), flush=True)

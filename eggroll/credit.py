@@ -112,10 +112,11 @@ def member_credit(
 ) -> Tensor:
     """Ascent direction of the mean fitness, (O, I), from one score per member: the paper's.
 
-    The mean over members of slope * A B^T / sqrt(R), and over groups by their size. Where B is not formed, it is
-    known by what it does to its group's rows: this is `example_credit` with one slope for all of
-    them, which also divides by the covariance of what was drawn, as the likelihood ratio of a
-    Gaussian that is not isotropic does (Wierstra et al. 2014, arXiv 1106.4487, section 3).
+    The mean over members of slope * A B^T / sqrt(R), and over groups by their size. Where B is
+    not formed, it is known by what it does to its group's rows: this is then `example_credit` with
+    one slope for all of them, which also divides by the covariance of what was drawn, as the
+    search gradient of a Gaussian that is not isotropic does (Wierstra et al. 2014, arXiv
+    1106.4487).
     """
     groups, members, rank, _ = a.shape
     group = torch.arange(examples, device=slopes.device) % groups

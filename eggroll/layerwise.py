@@ -71,6 +71,7 @@ class LayerwiseEvolution:
                 unperturbed network, which halves the work where the fitness is smooth
     groups      parts of the population that each see their own part of every batch: group g sees
                 the examples g, g + groups, ... Their errors average out
+    share_a     all groups perturb in the same directions. A B that is formed they always share
     shaping     of the members' scores, for credit "member"
     winsorize   share of the slopes at either end that is pulled in
     rank, sigma, seed, chunk_size  as in Evolution
@@ -93,6 +94,7 @@ class LayerwiseEvolution:
         sampling: str = "whitened",
         difference: str = "forward",
         groups: int = 1,
+        share_a: bool = False,
         shaping: str = "none",
         winsorize: float = 0.0,
         seed: int = 0,
@@ -105,7 +107,8 @@ class LayerwiseEvolution:
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
         self.population, self.credit, self.rank, self.sigma = population, credit, rank, sigma
         self.noise, self.sampling, self.difference = noise, sampling, difference
-        self.groups, self.shaping, self.winsorize = groups, shaping, winsorize
+        self.groups, self.share_a = groups, share_a
+        self.shaping, self.winsorize = shaping, winsorize
         self.seed, self.step = seed, 0
         self.device = self.layers[0].weight.device
         self.chunk = chunk_size or (CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK)
@@ -157,7 +160,9 @@ class LayerwiseEvolution:
         generator.manual_seed(generator_seed(self.seed, self.step, index, 0))
         rows, outputs = centre.rows(index), self.layers[index].out_features
         examples = centre.result.shape[1]
-        a = draw_directions(self.noise, self.groups, count, self.rank, outputs, rows, generator)
+        different = 1 if self.share_a else self.groups
+        a = draw_directions(self.noise, different, count, self.rank, outputs, rows, generator)
+        a = a.expand(self.groups, -1, -1, -1)
         group = torch.arange(examples, device=self.device) % self.groups
         group = group.repeat_interleave(len(rows) // examples)
         projections = draw_projections(self.sampling, rows, group, count, self.rank, generator)

@@ -151,6 +151,12 @@ def _tyro(config_type: type[Config], description: str, args: Sequence[str]) -> C
     return tyro.cli(config_type, description=description, args=args, config=MARKERS)
 
 
+def flag(name: str, value: Any) -> str:
+    """A flag as it is typed."""
+    typed = "--" + name.replace("_", "-")
+    return typed if value is True else f"{typed} {value}"
+
+
 def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
     """The head of the help text: a script's purpose and what each of its presets sets."""
     rows = [f"preset {name}: {preset_values(values)}" for name, values in presets.items()]

@@ -8,11 +8,12 @@ usage: ./run_experiments.sh [--quick] [any flag of the two scripts]
 Flags that both scripts have (--epochs, --dataset, --hidden-dim, --device, ...) go to both, the
 others to mnist_eggroll.py alone. For what they mean: python mnist_eggroll.py --help
 Methods: backprop; eggroll-per-example, EGGROLL with per-example credit; eggroll, the paper's
-estimator in the few minutes that it gets on a CPU.
+estimator in the few minutes that it gets on a CPU; eggroll-tools, the same with what makes one
+score per member go further.
 
 Environment:
   SEEDS         which seeds to run (default: "0 1 2" on a GPU, "0" on a CPU)
-  METHODS       which methods to run (default: "backprop eggroll-per-example eggroll")
+  METHODS       which methods to run (default: all four)
   MNIST_DIR     folder that holds MNIST/raw (default: data, downloaded if need be)
   RESULTS_DIR   where everything is written (default: results/latest)
 
@@ -43,10 +44,12 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "backprop": ["mnist_backprop.py"],
     "eggroll-per-example": ["mnist_eggroll.py", "--estimator", "per-example"],
+    "eggroll-tools": ["mnist_eggroll.py", "--estimator", "population", "--preset", "tools"],
     "eggroll": ["mnist_eggroll.py", "--estimator", "population"],
 }
 INSTEAD = {  # flags that this command sets for each run, and what to type for them
     "--estimator": 'METHODS="backprop eggroll" ./run_experiments.sh',
+    "--preset": 'METHODS="backprop eggroll-tools" ./run_experiments.sh',
     "--seed": 'SEEDS="0 1 2" ./run_experiments.sh',
     "--out-dir": "RESULTS_DIR=folder ./run_experiments.sh",
     "--resume": "./run_experiments.sh, which goes on by itself",

@@ -19,10 +19,16 @@ from lab.runlog import write_atomically
 NAMES = {
     "backprop": "backprop",
     "eggroll-per-example": "EGGROLL, per-example credit",
+    "eggroll-tools": "EGGROLL, paper's estimator, with tools",
     "eggroll": "EGGROLL, paper's estimator",
 }
-COLOURS = {"backprop": "#2f6db3", "eggroll-per-example": "#3a9a5b", "eggroll": "#e07b26"}
-OTHERS = ("#8a5fb8", "#b0413e", "#6b6b6b")  # for methods that are added
+COLOURS = {
+    "backprop": "#2f6db3",
+    "eggroll-per-example": "#3a9a5b",
+    "eggroll-tools": "#8a5fb8",
+    "eggroll": "#e07b26",
+}
+OTHERS = ("#b0413e", "#6b6b6b")  # for methods that are added
 
 STYLE = {
     "figure.dpi": 110,

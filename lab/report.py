@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "results" / "reference"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-METHOD_ORDER = ("backprop", "eggroll-per-example", "eggroll")
+METHOD_ORDER = ("backprop", "eggroll-per-example", "eggroll-tools", "eggroll")
 COMMITTED = ("config.json", "metrics.csv", "summary.json", "train.log")
 
 

@@ -22,6 +22,7 @@ BOTH = pytest.mark.parametrize("script", [BACKPROP, EGGROLL])
 SMALL = (*SAMPLE, "--hidden-dim", "32", "--epochs", "2")
 POPULATION = ("--population", "64")
 PAPER = ("--estimator", "population")
+METHODS = ("backprop", "eggroll-per-example", "eggroll-tools", "eggroll")
 
 
 def flags_for(script, *flags):
@@ -81,6 +82,7 @@ GROUPS = [
     (EGGROLL, [*PAPER, "--layers-per-member", "one", "--sampling", "batch-subspace"]),
     (EGGROLL, [*PAPER, "--population-growth", "3", "--clip-norm", "20", "--lr", "0.01"]),
     (EGGROLL, [*PAPER, "--preset", "gpu", "--lr", "0.01"]),
+    (EGGROLL, [*PAPER, "--preset", "tools", "--share-a", "--groups", "2"]),
     (EGGROLL, ["--average-weights", "equal", "--train-on-all", "--seed", "7", "--rank", "2"]),
     (EGGROLL, ["--bias", "--population-growth", "0.5", "--winsorize", "0.01", "--chunk-size", "5"]),
     (EGGROLL, ["--perturbation", "activations", "--sigma", "0.1", "--label-smoothing", "0.2"]),
@@ -145,7 +147,7 @@ BAD_FLAGS = [
     (EGGROLL, ["--popultion", "64"], "--population"),
     (EGGROLL, ["--shaping", "sign"], "population estimator"),
     (EGGROLL, [*PAPER, "--noise", "orthogonal"], "add --layers-per-member one"),
-    (EGGROLL, [*PAPER, "--layers-per-member", "one", "--groups", "2"], "try groups 1"),
+    (EGGROLL, [*PAPER, "--share-a"], "--share-a needs members that perturb one layer each"),
     (EGGROLL, ["--groups", "7"], "try a population of"),
     (EGGROLL, ["--backend", "triton"], "try compile"),
     (EGGROLL, ["--winsorize", "0.5"], "--winsorize 0.5 is outside"),
@@ -299,7 +301,7 @@ def test_print_config_trains_nothing(tmp_path):
 
 def test_the_announcement_names_the_estimator_and_the_other_one(tmp_path):
     done = train(EGGROLL, tmp_path / "paper", *PAPER, "--device", "cpu")
-    assert "preset population-cpu" in done.stdout and "--preset gpu" in done.stdout
+    assert "preset population-cpu" in done.stdout and "--preset gpu or tools" in done.stdout
     done = train(EGGROLL, tmp_path / "credit", "--device", "cpu")
     assert "per-example credit" in done.stdout and "--estimator population" in done.stdout
 
@@ -333,12 +335,12 @@ def test_the_experiment_writes_its_report_and_goes_on_where_it_stopped(tmp_path)
     rows = read_csv(latest / "summary.csv")
     assert tuple(rows[0]) == SUMMARY_KEYS
     assert [(r["method"], r["seed"]) for r in rows] == [
-        (method, seed) for method in ("backprop", "eggroll-per-example", "eggroll") for seed in "01"
+        (method, seed) for method in METHODS for seed in "01"
     ]
     assert "mnist-sample" in (latest / "summary.md").read_text()
     assert (latest / "summary.md").read_text().split("\n\n", 1)[1] in done.stdout
     again = experiments(*TINY, tmp_path=tmp_path, SEEDS="0 1")
-    assert again.stdout.count("finished already") == 6
+    assert again.stdout.count("finished already") == 8
     other = experiments(*TINY, "--lr", "0.02", tmp_path=tmp_path)
     assert other.returncode == 0 and "made with other flags" in other.stdout
     assert len(list(tmp_path.glob("latest_until_*/eggroll/seed1"))) == 1
@@ -364,6 +366,7 @@ def test_without_data_or_network_the_experiment_falls_back_loudly(tmp_path):
         (["--seed", "3"], "SEEDS"),
         (["--out-dir", "x"], "RESULTS_DIR"),
         (["--estimator", "population"], "METHODS"),
+        (["--preset", "tools"], "METHODS"),
     ],
 )
 def test_the_experiment_checks_every_flag_before_it_starts(flags, message, tmp_path):
