@@ -161,9 +161,11 @@ def preset_name(config: Config, device: torch.device) -> str:
 
 def method_name(config: Config) -> str:
     """What a run is called in the results."""
-    if config.evolution.estimator == "per-example":
+    flags = config.evolution
+    if flags.estimator == "per-example":
         return "eggroll-per-example"
-    return "eggroll" if config.evolution.layers_per_member == "all" else "eggroll-tools"
+    as_in_the_paper = flags.sampling == "gaussian" and flags.groups == 1
+    return "eggroll" if as_in_the_paper else "eggroll-tools"
 
 
 def shown(preset: str) -> dict[str, float]:
