@@ -22,9 +22,9 @@ from eggroll import (
 )
 from eggroll.backends import choose_backend
 from eggroll.evolution import CAPTURABLE
-from eggroll.layerwise import usual_groups
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
+from eggroll.sharing import usual_groups
 from lab import cli, data
 from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig
 from lab.optim import make_optimizer, step
@@ -47,7 +47,7 @@ PRESETS = {
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
     "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-tools": TOOLS | {"population": 4608, "lr": 0.03, "epochs": 10},
+    "population-tools": TOOLS | {"population": 2304, "lr": 0.02, "epochs": 10},
     "population-tools-quick": TOOLS | {"population": 768, "lr": 0.01, "epochs": 1},
 }
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
@@ -112,7 +112,7 @@ class EvolutionFlags:
     """auto: triton on a CUDA GPU; on a CPU compile where the run is long enough to earn it back."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward of members that perturb all layers; the weights stay float32. auto: bfloat16
-    on a CUDA GPU, where it is faster, and float32 on a CPU, where it is not."""
+    on a CUDA GPU, float32 on a CPU, of which only some are faster with less."""
     chunk_size: int = 0
     """Members evaluated at once; changes memory and speed, never a result (0: the device's own)."""
 

@@ -35,8 +35,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "mnist_eggroll.py"
 COLUMNS = ("estimator", "tool", "seeds", "validation_accuracy", "against_base", "train_seconds")
 COLUMNS += ("flags", "device", "torch", "commit")
 
-ONE = "--layers-per-member one --sigma 0.004 --population 512"
-FORWARD = ONE.replace("512", "1024") + " --difference forward"
+ONE = "--layers-per-member one --sigma 0.004 --population 320"
+FORWARD = ONE.replace("320", "640") + " --difference forward"
 TOOLS = {
     "per-example": {
         "base": "",
@@ -73,17 +73,17 @@ TOOLS = {
         "norm clipped at 20": "--clip-norm 20",
         "label smoothing": "--label-smoothing 0.1",
         "temperature 1": "--temperature 1",
-        "three times as many members late": "--population 208 --population-growth 3",
-        "4 groups": "--groups 4 --population 1664 --lr 0.02",
+        "three times as many members late": "--population 128 --population-growth 3",
+        "4 groups": "--groups 4 --population 1024 --lr 0.015",
         "one layer per member": ONE,
         "... forward differences": FORWARD,
         "... and orthogonal A": FORWARD + " --noise orthogonal",
         "... B in the batch's span": ONE + " --sampling batch-subspace",
-        "... and 16 groups": FORWARD + " --groups 16 --population 9216 --lr 0.02",
+        "... and 16 groups": FORWARD + " --groups 16 --population 6144 --lr 0.015",
         "preset tools": "--preset tools --lr 0.015",
     },
 }
-BASE = {"per-example": "--epochs 1", "population": "--epochs 1 --population 416 --lr 0.01"}
+BASE = {"per-example": "--epochs 1", "population": "--epochs 1 --population 256 --lr 0.008"}
 
 
 @dataclass(frozen=True)

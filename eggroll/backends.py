@@ -27,7 +27,8 @@ from eggroll.population import Chunk, Population, draw_keyed, perturbed_forward
 BACKENDS = ("auto", "eager", "compile", "triton")
 
 # Forward passes of one example through one member beyond which compiling pays on a CPU: it saves
-# about 0.4 microseconds of each and costs about 25 s.
+# 0.1 to 0.4 microseconds of each, and costs 2 to 25 s (machines differ, and a second run finds
+# what the first has compiled).
 WORTH_COMPILING = 100_000_000
 
 

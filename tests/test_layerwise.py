@@ -20,8 +20,8 @@ from eggroll import (
 from eggroll.centre import Centre, forward_of_members
 from eggroll.credit import example_credit, materialised_credit
 from eggroll.directions import KINDS, draw_directions
-from eggroll.layerwise import share_equally
 from eggroll.projections import SAMPLINGS, draw_projections
+from eggroll.sharing import share_equally
 
 NO_GROUPS = torch.zeros(16, dtype=torch.long)
 
