@@ -1,4 +1,4 @@
-"""How a population of members that perturb one layer each is shared out: among groups, and layers."""
+"""How a population of members of one layer each is shared out: among groups, and among layers."""
 
 
 def usual_groups(population: int, layers: int, difference: str) -> int:
