@@ -82,7 +82,7 @@ GROUPS = [
     (EGGROLL, [*PAPER, "--layers-per-member", "one", "--sampling", "batch-subspace"]),
     (EGGROLL, [*PAPER, "--population-growth", "3", "--clip-norm", "20", "--lr", "0.01"]),
     (EGGROLL, [*PAPER, "--preset", "gpu", "--lr", "0.01"]),
-    (EGGROLL, [*PAPER, "--preset", "tools", "--share-a", "--groups", "2"]),
+    (EGGROLL, [*PAPER, "--preset", "tools", "--share-a", "--shaping", "z-score", "--lr", "0.02"]),
     (EGGROLL, ["--average-weights", "equal", "--train-on-all", "--seed", "7", "--rank", "2"]),
     (EGGROLL, ["--bias", "--population-growth", "0.5", "--winsorize", "0.01", "--chunk-size", "5"]),
     (EGGROLL, ["--perturbation", "activations", "--sigma", "0.1", "--label-smoothing", "0.2"]),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eggroll import MLP, Evolution, Population, cross_entropy
 from eggroll.estimator import estimate_layer, pair_weights
-from eggroll.noise import LayerNoise
+from eggroll.noise import LayerNoise, concatenate
 from visualizations.canvas import (
     BODY,
     GREY,
@@ -87,7 +87,7 @@ def measure() -> Step:
     population = evolution.ask()
     scores = evolution.evaluate(population, inputs, labels)
     shares = pair_weights(scores, evolution.shaping, SIGMA)
-    (noise,) = population.noise_blocks(LAYER)
+    noise = concatenate(list(population.noise_blocks(LAYER)))
     partial_sums = [
         estimate_layer(layer, [LayerNoise(noise.a[:k], noise.b[:k])], shares[:k])[0]
         for k in PARTIAL_SUMS
