@@ -42,7 +42,7 @@ CREDIT |= {"difference": "forward", "shaping": "none", "sigma": 0.004, "temperat
 CREDIT |= {"label_smoothing": 0.1}
 TOOLS = CREDIT | {"temperature": 2.0, "label_smoothing": 0.0}
 PRESETS = {
-    "per-example": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 6},
+    "per-example": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 8},
     "per-example-quick": CREDIT | {"population": 768, "lr": 0.02, "epochs": 1},
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
