@@ -40,18 +40,16 @@ PAPER |= {"label_smoothing": 0.0}
 CREDIT = {"layers_per_member": "one", "sampling": "whitened", "noise": "orthogonal"}
 CREDIT |= {"difference": "forward", "shaping": "none", "sigma": 0.004, "temperature": 1.0}
 CREDIT |= {"label_smoothing": 0.1}
-TOOLS = CREDIT | {"temperature": 2.0, "label_smoothing": 0.0}
+TOOLS = CREDIT | {"temperature": 2.0, "label_smoothing": 0.0, "shaping": "z-score"}
 PRESETS = {
     "per-example": CREDIT | {"population": 2304, "lr": 0.04, "epochs": 8},
     "per-example-quick": CREDIT | {"population": 768, "lr": 0.02, "epochs": 1},
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
     "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-tools": TOOLS | {"population": 2304, "lr": 0.02, "epochs": 10},
+    "population-tools": TOOLS | {"population": 4608, "lr": 0.03, "epochs": 10},
     "population-tools-quick": TOOLS | {"population": 768, "lr": 0.03, "epochs": 1},
 }
-# z-scored, an estimate from very few members cannot blow up; with enough of them it learns less
-PRESETS["population-tools-quick"]["shaping"] = "z-score"
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
 PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}
 PRESETS |= {n: p | {"epochs": 10} for n, p in PRESETS.items() if n.endswith("quick-sample")}

@@ -297,7 +297,7 @@ class Training:
                 f"{self.folder.path} holds a run of {saved.get('method')}, not of {self.method}"
             )
         for name, value in as_json(self.config).items():
-            before = saved["flags"].get(name)
+            before = saved["flags"].get(name, value)  # a flag may be younger than the run
             if name not in FREE_ON_RESUME and before != value:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(
