@@ -1,6 +1,7 @@
 """The experiment's plots: the same colours everywhere, seeds as bands, PNG and SVG."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def fitness_figure(curves: Curves, title: str) -> Figure:
 
 def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
     """Seconds of training and peak memory of every method, as bars."""
-    figure, both = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    figure, both = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     methods = list(dict.fromkeys(s["method"] for s in summaries))
     columns = (
         ("train_seconds", "seconds of training (log scale)", "{:,.1f} s"),
@@ -146,7 +147,10 @@ def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
                 text.format(middle), (place, max(values)), (0, 5), textcoords="offset points",
                 ha="center",
             )  # fmt: skip
-        names = [NAMES.get(m, m).replace(", ", "\n") for m in methods]
+        names = [
+            textwrap.fill(NAMES.get(m, m).replace(",", ""), 13, break_on_hyphens=False)
+            for m in methods
+        ]
         axes.set_xticks(range(len(methods)), names)
         axes.set_ylabel(label)
         axes.grid(axis="x", visible=False)
