@@ -47,8 +47,8 @@ PRESETS = {
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
     "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-tools": TOOLS | {"population": 4608, "lr": 0.03, "epochs": 10},
-    "population-tools-quick": TOOLS | {"population": 768, "lr": 0.03, "epochs": 1},
+    "population-tools": TOOLS | {"population": 4608, "lr": 0.02, "epochs": 10},
+    "population-tools-quick": TOOLS | {"population": 768, "lr": 0.01, "epochs": 1},
 }
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
 PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}

@@ -27,6 +27,7 @@ from eggroll.directions import KINDS, draw_directions, most_members
 from eggroll.fitness import (
     SHAPINGS,
     Fitness,
+    FitnessError,
     check_finite,
     example_scores,
     member_scores,
@@ -166,7 +167,13 @@ class LayerwiseEvolution:
         a = a.expand(self.groups, -1, -1, -1)
         group = torch.arange(examples, device=self.device) % self.groups
         group = group.repeat_interleave(len(rows) // examples)
-        projections = draw_projections(self.sampling, rows, group, count, self.rank, generator)
+        try:
+            projections = draw_projections(self.sampling, rows, group, count, self.rank, generator)
+        except torch.linalg.LinAlgError as error:
+            raise FitnessError(
+                f"what layer {index + 1} reads has no span at step {self.step:,}: training has "
+                "diverged (try a smaller lr or sigma)"
+            ) from error
         return Drawn(index, a, projections, rows)
 
     def _evaluate(

@@ -109,7 +109,7 @@ def accuracy_figure(curves: Curves, column: str, label: str, log: bool, title: s
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
     axes.set(xlabel=label, ylabel="test accuracy", title=title)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -124,7 +124,7 @@ def fitness_figure(curves: Curves, title: str) -> Figure:
         ylabel="fitness: mean log-likelihood of the label (nats)",
         title=title,
     )
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

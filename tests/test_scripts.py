@@ -82,7 +82,7 @@ GROUPS = [
     (EGGROLL, [*PAPER, "--layers-per-member", "one", "--sampling", "batch-subspace"]),
     (EGGROLL, [*PAPER, "--population-growth", "3", "--clip-norm", "20", "--lr", "0.01"]),
     (EGGROLL, [*PAPER, "--preset", "gpu", "--lr", "0.01"]),
-    (EGGROLL, [*PAPER, "--preset", "tools", "--share-a", "--shaping", "z-score", "--lr", "0.02"]),
+    (EGGROLL, [*PAPER, "--preset", "tools", "--share-a", "--population", "384", "--lr", "0.01"]),
     (EGGROLL, ["--average-weights", "equal", "--train-on-all", "--seed", "7", "--rank", "2"]),
     (EGGROLL, ["--bias", "--population-growth", "0.5", "--winsorize", "0.01", "--chunk-size", "5"]),
     (EGGROLL, ["--perturbation", "activations", "--sigma", "0.1", "--label-smoothing", "0.2"]),
@@ -322,7 +322,7 @@ PLOTS = [
     "fitness",
     "time_and_memory",
 ]
-TINY = (*SAMPLE, "--quick", "--hidden-dim", "16", "--population", "32")
+TINY = (*SAMPLE, "--quick", "--hidden-dim", "16", "--population", "192")
 
 
 def test_the_experiment_writes_its_report_and_goes_on_where_it_stopped(tmp_path):
@@ -349,7 +349,7 @@ def test_the_experiment_writes_its_report_and_goes_on_where_it_stopped(tmp_path)
 def test_without_data_or_network_the_experiment_falls_back_loudly(tmp_path):
     # a proxy that nobody listens on: every download fails at once
     env = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https")}
-    flags = ("--quick", "--hidden-dim", "16", "--population", "32")
+    flags = ("--quick", "--hidden-dim", "16", "--population", "192")
     done = experiments(*flags, tmp_path=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert "GOING ON WITH mnist-sample" in done.stderr
