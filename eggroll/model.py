@@ -50,8 +50,7 @@ class MLP(nn.Module):
 def initialise(layers: nn.ModuleList, init: str, seed: int) -> None:
     """Draw every weight afresh from `seed`: "he" (normal, fan-in) or "orthogonal"; biases are 0.
 
-    "zero-head" is "he" with a last layer of zeros: no class is ahead at the start, so that a
-    fitness of hits alone can reach them all.
+    "zero-head" is "he" with a last layer of zeros: all logits are equal at the start.
 
     Drawn on the CPU with a generator of its own, so that a seed gives the same network on every
     device and no global random state is touched.
