@@ -116,12 +116,16 @@ def accuracy_figure(curves: Curves, column: str, label: str, log: bool, title: s
 def fitness_figure(curves: Curves, title: str) -> Figure:
     """Log-likelihood of the training labels, the same measure for every method."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    lowest = 0.0
     for method, seeds in curves.items():
         x, y = _stack(seeds, "epoch", "train_cross_entropy")
         _band(axes, method, x, -y, len(seeds))
+        lowest = min(lowest, -y[:, 1:].max(initial=0.0))
+    if lowest:
+        axes.set_ylim(1.15 * lowest, 0)  # the untrained network would take most of the axis
     axes.set(
         xlabel="epoch",
-        ylabel="fitness: mean log-likelihood of the label (nats)",
+        ylabel="mean log-likelihood of the label (nats)",
         title=title,
     )
     figure.legend(loc="outside lower center", ncols=2)
@@ -189,9 +193,10 @@ def _band(axes: Axes, method: str, x: np.ndarray, y: np.ndarray, seeds: int) -> 
 
 
 def _label_ends(axes: Axes, finals: Mapping[str, tuple[float, float]]) -> None:
-    """Each curve's last value, to the right of its end."""
+    """Each curve's last value, to the right of its end; lower where a better curve goes on."""
     for method, (x, value) in finals.items():
+        crossed = any(x < other and value <= better for other, better in finals.values())
         axes.annotate(
-            f"{value:.1f} %", (x, value), (8, 0), textcoords="offset points",
+            f"{value:.1f} %", (x, value), (8, -10 if crossed else 0), textcoords="offset points",
             ha="left", va="center", color=colour(method), fontweight="bold",
         )  # fmt: skip
