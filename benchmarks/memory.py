@@ -18,6 +18,7 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,7 +34,7 @@ from lab import cli
 from lab.cli import PathFlag
 from lab.clock import peak_memory_mb
 from lab.errors import UserError
-from lab.plots import STYLE, colour, save
+from lab.plots import STYLE, colour, plain_number, save
 
 BATCH, IMAGES, STEPS, SIGMA = 128, 60_000, 3, 0.02
 COLUMNS = ("method", "population", "peak_memory_mb", "ratio_to_backprop", "note")
@@ -142,11 +143,13 @@ def draw_plot(rows: list[dict], path: Path) -> list[Path]:
             for row in own:
                 if row["note"]:
                     axes.axvline(row["population"], color=colour(method), linestyle=":")
-                    place = (row["population"], base)
+                    place = (row["population"], 3 * base)
                     options = {"rotation": 90, "ha": "right", "va": "bottom"}
                     axes.annotate("naive ES refused", place, color=colour(method), **options)
         axes.set(xscale="log", yscale="log", xlabel="population (log scale)")
         axes.set(ylabel="peak memory, MB (log scale)")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(plain_number))
         axes.set_title(f"Memory does not grow with EGGROLL's population\n{rows[0]['device']}")
         axes.legend(loc="upper left")
         return save(figure, path.parent, path.stem)

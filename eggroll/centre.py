@@ -43,6 +43,9 @@ class Centre:
         self.inputs[index], self.outputs[index] = x, layer(x)
         return self.outputs[index]
 
+    def out_features(self, index: int) -> int:
+        return self.layers[index].out_features
+
     def rows(self, index: int) -> Tensor:
         """What a layer read, (E, I), with a 1 at the end of each row where it has a bias."""
         rows = self.inputs[index].flatten(0, -2)

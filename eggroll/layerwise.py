@@ -14,7 +14,7 @@ Letters: P members, M directions of one layer, B examples, E rows (examples time
 rank, O/I a layer's outputs/inputs, G groups of examples.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -23,20 +23,19 @@ from torch import Tensor, nn
 from eggroll.backends import FirstShape
 from eggroll.centre import Centre, forward_of_members
 from eggroll.credit import example_credit, member_credit, member_slopes
-from eggroll.directions import KINDS, draw_directions, most_members
+from eggroll.directions import KINDS, most_members
 from eggroll.fitness import (
     SHAPINGS,
     Fitness,
-    FitnessError,
     check_finite,
     example_scores,
     member_scores,
     winsorized,
 )
-from eggroll.noise import generator_seed
+from eggroll.layer_members import LayerMembers
 from eggroll.perturbed import PopulationError
 from eggroll.population import linear_layers
-from eggroll.projections import SAMPLINGS, Projections, draw_projections
+from eggroll.projections import SAMPLINGS
 from eggroll.sharing import share_equally
 
 CREDITS = ("example", "member")
@@ -45,16 +44,6 @@ DIFFERENCES = ("central", "forward")
 # Members that are evaluated at once on a CPU: their activations should stay in the cache.
 CPU_CHUNK = 16
 ACCELERATOR_CHUNK = 512
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """The perturbations of one layer for one batch."""
-
-    index: int
-    a: Tensor  # (G, M, R, O)
-    projections: Projections
-    rows: Tensor  # (E, I)
 
 
 class LayerwiseEvolution:
@@ -114,9 +103,7 @@ class LayerwiseEvolution:
         self.seed, self.step = seed, 0
         self.device = self.layers[0].weight.device
         self.chunk = chunk_size or (CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK)
-        self.forward = forward_of_members
-        if backend == "compile":
-            self.forward = FirstShape(forward_of_members)
+        self.scores = FirstShape(scores_of_members) if backend == "compile" else scores_of_members
         self.directions()  # raises at once what the first step would raise
 
     def directions(self) -> list[int]:
@@ -139,83 +126,125 @@ class LayerwiseEvolution:
         PopulationError for a network that does not call each layer once through `linear`.
         """
         centre = Centre(self.network, inputs)
-        baseline = self._scores(centre.result, labels)
-        drawn = [self._draw(centre, index, count) for index, count in enumerate(self.directions())]
-        pairs = [self._evaluate(centre, part, inputs, labels, baseline) for part in drawn]
+        baseline = scores_of(centre.result, labels, self.fitness, self.credit, self.groups)
+        check_finite(baseline, self.step)
+        members = [self._members(centre, *layer) for layer in enumerate(self.directions())]
+        pairs = [self._evaluate(part, inputs, labels, baseline) for part in members]
         if self.credit == "example":
             slopes = [(plus - minus) / (2 * self.sigma) for plus, minus in pairs]
             estimate = example_credit
         else:
             slopes = member_slopes(pairs, self.shaping, self.sigma)
             estimate = partial(member_credit, examples=len(labels))
-        estimates = [
-            estimate(winsorized(slope, self.winsorize), d.a, d.projections, d.rows)
-            for slope, d in zip(slopes, drawn, strict=True)
-        ]
-        for layer, estimate in zip(self.layers, estimates, strict=True):
-            _write_gradient(layer, estimate)
+        for part, slope in zip(members, slopes, strict=True):
+            total = _mean_over_blocks(part, winsorized(slope, self.winsorize), estimate)
+            _write_gradient(self.layers[part.index], total)
         self.step += 1
         return baseline.mean()
 
-    def _draw(self, centre: Centre, index: int, count: int) -> Drawn:
-        generator = torch.Generator(self.device)
-        generator.manual_seed(generator_seed(self.seed, self.step, index, 0))
-        rows, outputs = centre.rows(index), self.layers[index].out_features
-        examples = centre.result.shape[1]
-        different = 1 if self.share_a else self.groups
-        a = draw_directions(self.noise, different, count, self.rank, outputs, rows, generator)
-        a = a.expand(self.groups, -1, -1, -1)
-        group = torch.arange(examples, device=self.device) % self.groups
-        group = group.repeat_interleave(len(rows) // examples)
-        try:
-            projections = draw_projections(self.sampling, rows, group, count, self.rank, generator)
-        except torch.linalg.LinAlgError as error:
-            raise FitnessError(
-                f"what layer {index + 1} reads has no span at step {self.step:,}: training has "
-                "diverged (try a smaller lr or sigma)"
-            ) from error
-        return Drawn(index, a, projections, rows)
+    def _members(self, centre: Centre, index: int, count: int) -> LayerMembers:
+        kinds = (self.noise, self.sampling, self.rank, self.groups, self.share_a)
+        return LayerMembers(centre, index, count, *kinds, self.seed, self.step)
 
     def _evaluate(
-        self, centre: Centre, drawn: Drawn, inputs: Tensor, labels: Tensor, baseline: Tensor
+        self, members: LayerMembers, inputs: Tensor, labels: Tensor, baseline: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Scores of one layer's members and of their antithetic twins, (M, B) or (M, G) each.
 
         With forward differences a twin is not evaluated: it is taken to be as far below the
         unperturbed network as the member is above it.
         """
-        moves = drawn.projections.u * (self.sigma / self.rank**0.5)
-        moves = moves.unflatten(-1, centre.inputs[drawn.index].shape[1:-1])
-        parts = list(zip(moves.split(self.chunk), drawn.a.split(self.chunk, dim=1), strict=True))
-        before = (self.network, self.layers, centre.outputs, centre.calls, drawn.index)
+        signs = (1, -1) if self.difference == "central" else (1,)
+        # one tensor for all: a small one left by each chunk would lie in the space of the next
+        scores = baseline.new_empty(len(signs), members.count, baseline.shape[1])
+        start = 0
+        for u, a in self._chunks(members):
+            for sign, own in zip(signs, scores, strict=True):
+                own[start : start + len(u)] = self._score(members, sign * u, a, inputs, labels)
+            start += len(u)
+        check_finite(scores.flatten(0, 1), self.step)
+        plus, *minus = scores
+        return plus, minus[0] if minus else 2 * baseline - plus
 
-        def scores(sign: int) -> Tensor:
-            outputs = [self.forward(*before, sign * u, a, inputs) for u, a in parts]
-            return self._scores(torch.cat(outputs), labels)
+    def _chunks(self, members: LayerMembers) -> Iterator[tuple[Tensor, Tensor]]:
+        """Moves (M, R, B, ...) and directions (G, M, R, O) of as many as are evaluated at once."""
+        positions = members.centre.inputs[members.index].shape[1:-1]
+        for drawn in members.blocks():
+            moves = drawn.projections.u * (self.sigma / self.rank**0.5)
+            moves = moves.unflatten(-1, positions)
+            yield from zip(moves.split(self.chunk), drawn.a.split(self.chunk, dim=1), strict=True)
 
-        plus = scores(1)
-        return plus, scores(-1) if self.difference == "central" else 2 * baseline - plus
+    def _score(
+        self, members: LayerMembers, moves: Tensor, a: Tensor, inputs: Tensor, labels: Tensor
+    ) -> Tensor:
+        centre = members.centre
+        return self.scores(
+            self.network,
+            self.layers,
+            centre.outputs,
+            centre.calls,
+            members.index,
+            moves,
+            a,
+            inputs,
+            labels,
+            self.fitness,
+            self.credit,
+            self.groups,
+        )
 
-    def _scores(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Of each member on each example, (M, B), or on all that its group sees, (M, G)."""
-        if self.credit == "example":
-            scores = example_scores(self.fitness(outputs, labels), *outputs.shape[:2])
-        else:
-            scores = self._scores_by_group(outputs, labels)
-        check_finite(scores, self.step)
-        return scores
 
-    def _scores_by_group(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """(M, G). A fitness that scores examples one by one is asked once, for all groups."""
-        own = [slice(group, None, self.groups) for group in range(self.groups)]
-        scores = self.fitness(outputs, labels)
-        if scores.dim() == 2:
-            parts = [scores[:, examples] for examples in own]
-        elif self.groups == 1:
-            parts = [scores]
-        else:
-            parts = [self.fitness(outputs[:, examples], labels[examples]) for examples in own]
-        return torch.stack([member_scores(part, len(outputs)) for part in parts], dim=1)
+def scores_of_members(
+    network: nn.Module,
+    layers: list[nn.Linear],
+    outputs: list[Tensor],
+    calls: list[int],
+    index: int,
+    moves: Tensor,
+    a: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    fitness: Fitness,
+    credit: str,
+    groups: int,
+) -> Tensor:
+    """A chunk, from its moves to its scores: one graph, where it is compiled."""
+    found = forward_of_members(network, layers, outputs, calls, index, moves, a, inputs)
+    return scores_of(found, labels, fitness, credit, groups)
+
+
+def scores_of(
+    outputs: Tensor, labels: Tensor, fitness: Fitness, credit: str, groups: int
+) -> Tensor:
+    """Of each member on each example, (M, B), or on all that its group sees, (M, G).
+
+    A fitness that scores examples one by one is asked once, for all groups. Raises FitnessError.
+    """
+    scores = fitness(outputs, labels)
+    if credit == "example":
+        return example_scores(scores, *outputs.shape[:2])
+    own = [slice(group, None, groups) for group in range(groups)]
+    if scores.dim() == 2:
+        parts = [scores[:, examples] for examples in own]
+    elif groups == 1:
+        parts = [scores]
+    else:
+        parts = [fitness(outputs[:, examples], labels[examples]) for examples in own]
+    return torch.stack([member_scores(part, len(outputs)) for part in parts], dim=1)
+
+
+def _mean_over_blocks(
+    members: LayerMembers, slopes: Tensor, estimate: Callable[..., Tensor]
+) -> Tensor:
+    """(O, I): what the blocks' estimates say together, each with the weight of its members."""
+    total, start = 0, 0
+    for drawn in members.blocks():
+        count = len(drawn.projections)
+        own = slopes[start : start + count]
+        part = estimate(own, drawn.a, drawn.projections, members.rows)
+        total = total + part * (count / members.count)
+        start += count
+    return total
 
 
 def _write_gradient(layer: nn.Linear, estimate: Tensor) -> None:

@@ -101,7 +101,7 @@ def accuracy_figure(curves: Curves, column: str, label: str, log: bool, title: s
         finals[method] = (x[-1], 100 * y[:, -1].mean())
     if log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
+        axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
     axes.margins(x=0.13)  # room for the labels at the curves' ends
     _label_ends(axes, finals)
     lowest = min(value for _, value in finals.values())
@@ -160,14 +160,14 @@ def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.15)
     both[0].set_yscale("log")
-    both[0].yaxis.set_major_formatter(FuncFormatter(_plain_number))
+    both[0].yaxis.set_major_formatter(FuncFormatter(plain_number))
     both[0].yaxis.set_minor_formatter(NullFormatter())
     device = " + ".join(sorted({s["device"] for s in summaries}))
     figure.suptitle(f"Time and memory on {where}\n{device}; median of the seeds", fontsize=13)
     return figure
 
 
-def _plain_number(value: float, _: int) -> str:
+def plain_number(value: float, _: int) -> str:
     """0.1, 10, 1,000, 10 million: for axes that people read aloud."""
     for size, name in ((1e9, " billion"), (1e6, " million")):
         if value >= size:

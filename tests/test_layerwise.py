@@ -15,6 +15,7 @@ from eggroll import (
     PopulationError,
     accuracy,
     cross_entropy,
+    layer_members,
     plain_linear,
 )
 from eggroll.centre import Centre, forward_of_members
@@ -200,6 +201,29 @@ def test_estimates_are_unbiased_and_converge_at_the_rate_of_averaging(name, bias
     error, error_of_few = (many - true).norm() / true.norm(), (few - true).norm() / true.norm()
     assert error < 0.12
     assert error < 0.01 or 4 < error_of_few / error < 16  # sqrt(256 / 4) = 8
+
+
+def test_members_in_several_blocks_are_as_unbiased_as_in_one(monkeypatch):
+    monkeypatch.setattr(layer_members, "DIRECTIONS_PER_BLOCK", 7)
+    network = MLP(12, 8, 5, seed=0)
+    inputs, labels = data()
+    true = true_gradient(network, inputs, labels)
+    for credit in ("example", "member"):
+        options = {"population": 240, "groups": 4, "sigma": 0.001, "noise": "gaussian"}
+        found = mean_estimate(network, inputs, labels, draws=300, credit=credit, **options)
+        assert cosine(found, true) > 0.99
+        assert abs(found.norm() / true.norm() - 1) < 0.06
+
+
+def test_blocks_of_a_layer_s_members_are_drawn_alike_each_time_and_unlike_each_other(monkeypatch):
+    monkeypatch.setattr(layer_members, "DIRECTIONS_PER_BLOCK", 7)
+    network = MLP(12, 8, 5)
+    evolution = LayerwiseEvolution(network, cross_entropy(), population=60, noise="gaussian")
+    members = evolution._members(Centre(network, data()[0]), 0, 17)
+    once, again = ([drawn.a for drawn in members.blocks()] for _ in range(2))
+    assert [a.shape[1] for a in once] == [7, 7, 3]
+    assert all(map(torch.equal, once, again))
+    assert not torch.equal(once[0], once[1])
 
 
 def mean_log_likelihood(logits, labels):
