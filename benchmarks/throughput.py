@@ -158,6 +158,7 @@ def best_floor(size: Size, dtype: str, device: torch.device) -> Callable[[], Non
 @torch.no_grad()
 def measure(size: Size, dtype: str, backends: list[str], config: Config, device) -> list[dict]:
     """One row per backend; the backends' steps and the floor are timed in turn."""
+    torch.compiler.reset()  # its limit of variants is meant for one training, not for a sweep
     work: dict[str, Callable[[], None]] = {}
     first = {}
     for backend in backends:
