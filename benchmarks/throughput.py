@@ -21,6 +21,7 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from matplotlib.ticker import FuncFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 
@@ -30,7 +31,7 @@ from eggroll.backends import choose_backend
 from eggroll.memory import keep_freed_memory
 from lab import cli
 from lab.cli import PathFlag
-from lab.plots import STYLE, save
+from lab.plots import STYLE, plain_number, save
 
 BATCH = 128
 POPULATIONS = (250, 1_000, 4_000, 10_000, 40_000)
@@ -208,6 +209,7 @@ def draw_plot(rows: list[dict], path: Path) -> list[Path]:
         axes.axhline(1, color="black", linewidth=1)
         axes.set(xscale="log", ylim=(0, None), xlabel="population (log scale)")
         axes.set(ylabel="seconds of a step / seconds of its matrix products")
+        axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
         axes.set_title(f"A whole EGGROLL step against its floor\n{rows[0]['device']}")
         axes.legend()
         return save(figure, path.parent, path.stem)
