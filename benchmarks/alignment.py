@@ -26,6 +26,7 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import torch
 import tyro
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from eggroll import MLP, Evolution, LayerwiseEvolution, cross_entropy
 from eggroll.memory import keep_freed_memory
 from lab import cli, data
 from lab.cli import DataFlags, PathFlag
-from lab.plots import STYLE, save
+from lab.plots import STYLE, plain_number, save
 
 BATCH = 128
 GROUPS = 16
@@ -208,11 +209,16 @@ def draw_plot(rows: list[dict[str, Any]], path: Path) -> list[Path]:
         first.set(xlabel="population", yscale="log")
         second.set_title(f"Per-example credit, layer 1, {GROUPS} groups")
         second.set(xlabel="members per layer and group", ylim=(0, 1.05))
-        for axes, (estimator, (members, _)) in zip(grid[1], USUAL.items(), strict=True):
-            axes.set_title(f"{estimator}, {members:,} members")
+        names = ("The paper's estimator", "Per-example credit, layer 1")
+        for axes, name, (members, _) in zip(grid[1], names, USUAL.values(), strict=True):
+            axes.set_title(f"{name}, {members:,} members")
             axes.set(xlabel="sigma", ylim=(0, None))
+        first.set_yticks((0.01, 0.02, 0.05, 0.1))
+        first.yaxis.set_major_formatter(FuncFormatter(plain_number))
+        first.yaxis.set_minor_formatter(NullFormatter())
         for axes in grid.flat:
             axes.set(xscale="log", ylabel="cosine with autograd's gradient")
+            axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
             axes.legend(fontsize=9)
         figure.suptitle("Measured: dots. Theory for small sigma: lines.")
         return save(figure, path.parent, path.stem)
