@@ -74,6 +74,8 @@ def train(config: Config, device: torch.device) -> None:
     digits = data.load_for(config.data, device)
     network = MLP(
         hidden_dim=config.network.hidden_dim,
+        activation=config.network.activation,
+        active_units=config.network.active_units,
         bias=config.network.bias,
         init=config.network.init,
         seed=config.run.seed,

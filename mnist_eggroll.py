@@ -6,6 +6,7 @@ python mnist_eggroll.py --quick    # less than a minute on two cores
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -22,13 +23,15 @@ from eggroll import (
 )
 from eggroll.backends import choose_backend
 from eggroll.evolution import CAPTURABLE
+from eggroll.fitness import Fitness
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
 from eggroll.sharing import usual_groups
-from lab import cli, data
-from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig
+from lab import cli, data, user_fitness
+from lab.cli import FitnessName, PresetFloat, PresetInt, PresetName, SharedConfig
 from lab.optim import make_optimizer, step
 from lab.training import Members, Training
+from lab.user_fitness import UserFitness
 
 # What runs where no flag says otherwise. Names of presets are estimator, kind and dataset. Of the
 # paper's estimator, gpu is the full experiment, cpu ends within 5 minutes on two cores, and tools
@@ -97,8 +100,9 @@ class EvolutionFlags:
     """Factor on sigma per epoch."""
     population_growth: float = 1.0
     """The population at the end of the run over the one at its start; it grows linearly."""
-    fitness: Literal["cross-entropy", "accuracy"] = "cross-entropy"
-    """What a member is scored by: log-likelihood of the labels, or hits alone."""
+    fitness: FitnessName = "cross-entropy"
+    """What a member is scored by: log-likelihood of the labels, hits alone, or a function of your
+    own: logits (P, B, 10), labels (B,) -> (P, B), or (P,) for the paper's estimator."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
     shaping: Annotated[Literal["z-score", "centered-rank", "sign", "none"] | None, PresetName] = (
@@ -145,7 +149,11 @@ def resolve(config: Config, device: torch.device) -> Config:
                 )
     check_population(flags.population, flags.rank, flags.sigma, flags.groups)
     if flags.layers_per_member == "one":
-        make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), "eager")
+        make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), accuracy, "eager")
+    fitness = make_fitness(config)
+    if isinstance(fitness, UserFitness):
+        examples = config.training.batch_size
+        fitness.try_out(examples, by_example=flags.estimator == "per-example")
     return config
 
 
@@ -196,7 +204,17 @@ def dtype_name(flag: str, device: torch.device) -> str:
     return flag
 
 
-def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | LayerwiseEvolution:
+def make_fitness(config: Config) -> Fitness:
+    """What --fitness names. Raises UserError for a file or function that is not there."""
+    name = config.evolution.fitness
+    if name == "cross-entropy":
+        return cross_entropy(config.evolution.temperature, config.training.label_smoothing)
+    return accuracy if name == "accuracy" else user_fitness.load(name)
+
+
+def make_evolution(
+    config: Config, network: MLP, fitness: Fitness, backend: str
+) -> Evolution | LayerwiseEvolution:
     """The trainer that the flags describe, for a backend as `choose_backend` returns it."""
     flags = config.evolution
     device = network.layers[0].weight.device
@@ -210,9 +228,6 @@ def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | La
         "chunk_size": flags.chunk_size,
         "winsorize": flags.winsorize,
     }
-    fitness = cross_entropy(flags.temperature, config.training.label_smoothing)
-    if flags.fitness == "accuracy":
-        fitness = accuracy
     if flags.layers_per_member == "one":
         return LayerwiseEvolution(
             network,
@@ -248,6 +263,8 @@ def train(config: Config, device: torch.device) -> None:
     digits = data.load_for(config.data, device)
     network = MLP(
         hidden_dim=config.network.hidden_dim,
+        activation=config.network.activation,
+        active_units=config.network.active_units,
         bias=config.network.bias,
         init=config.network.init,
         seed=config.run.seed,
@@ -256,7 +273,8 @@ def train(config: Config, device: torch.device) -> None:
     flags = config.evolution
     passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
     backend = choose_backend(flags.backend, device, passes, flags.layers_per_member == "one")
-    evolution = make_evolution(config, network, backend)
+    fitness = make_fitness(config)
+    evolution = make_evolution(config, network, fitness, backend)
     keep_freed_memory()
 
     members = Members(flags.population, flags.groups, flags.population_growth, backend)
@@ -264,7 +282,7 @@ def train(config: Config, device: torch.device) -> None:
         method_name(config), config, digits, network, optimizer, device, members
     ) as training:
         with training.warm_up() as (images, labels):
-            evolution.estimate(images, labels)
+            user_fitness.warm_up(fitness, partial(evolution.estimate, images, labels))
         evolution.step = training.step  # keys the noise: the warm-up's is drawn again
         for images, labels in training.batches():
             evolution.sigma = flags.sigma * flags.sigma_decay**training.epoch

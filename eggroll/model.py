@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from eggroll.activations import make_activation
 
 Linear = Callable[[nn.Linear, Tensor], Tensor]
 
@@ -21,6 +22,9 @@ class MLP(nn.Module):
 
     Backprop and evaluation call the network plainly. A population hands in a `linear` that adds
     each member's low-rank term, and every tensor inside then has a leading population axis.
+
+    activation    one of eggroll.activations.ACTIVATIONS
+    active_units  of argmax-k alone: units that are on, by default a quarter of the layer's
     """
 
     def __init__(
@@ -29,6 +33,8 @@ class MLP(nn.Module):
         hidden_dim: int = 256,
         out_features: int = 10,
         *,
+        activation: str = "gelu",
+        active_units: int | None = None,
         bias: bool = False,
         init: str = "he",
         seed: int = 0,
@@ -36,7 +42,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [in_features, hidden_dim, hidden_dim, out_features]
         self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(sizes))
-        self.activation = F.gelu
+        self.activation = make_activation(activation, active_units or -(-hidden_dim // 4))
         initialise(self.layers, init, seed)
 
     def forward(self, x: Tensor, linear: Linear = plain_linear) -> Tensor:

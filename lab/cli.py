@@ -25,6 +25,8 @@ def preset_arg(metavar: str) -> Any:
 PresetInt = Annotated[int | None, preset_arg("INT")]
 PresetFloat = Annotated[float | None, preset_arg("FLOAT")]
 PresetName = preset_arg("NAME")
+PresetUnits = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
@@ -70,6 +72,11 @@ class NetworkFlags:
 
     hidden_dim: int = 256
     """Units in each of the two hidden layers."""
+    activation: Literal["gelu", "relu", "sign", "step", "argmax-k", "int8-round"] = "gelu"
+    """Between the layers. The last four have a gradient of zero: argmax-k is 1 for the largest
+    units and 0 for the rest, int8-round is a gelu with 255 values."""
+    active_units: PresetUnits = None
+    """The k of argmax-k (default: a quarter of the hidden units)."""
     bias: bool = False
     """Add a bias to every layer."""
     init: Literal["he", "orthogonal", "zero-head"] = "he"
