@@ -76,6 +76,7 @@ def train(config: Config, device: torch.device) -> None:
         hidden_dim=config.network.hidden_dim,
         activation=config.network.activation,
         active_units=config.network.active_units,
+        binary_weights=config.network.binary_weights,
         bias=config.network.bias,
         init=config.network.init,
         seed=config.run.seed,

@@ -59,7 +59,7 @@ PRESETS |= {n: p | {"epochs": 10} for n, p in PRESETS.items() if n.endswith("qui
 SHOWN = ("population", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
-PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank", "share_a": False}
+PAPER_ONLY |= {"estimator": "population", "share_a": False}
 LAYERS = 3  # of the network
 QUICK, SAMPLE = "-quick", "-sample"  # endings of presets
 
@@ -90,8 +90,9 @@ class EvolutionFlags:
     sampling: Annotated[Literal["gaussian", "batch-subspace", "whitened"] | None, PresetName] = None
     """How B is drawn: gaussian, batch-subspace (gaussian in the span of what the layer reads) or
     whitened (there, with constant effect on every example)."""
-    perturbation: Literal["low-rank", "activations"] = "low-rank"
-    """low-rank is EGGROLL. activations: signs on the layer's outputs, for comparison."""
+    perturbation: Literal["low-rank", "full-rank", "activations"] = "low-rank"
+    """low-rank is EGGROLL. For comparison: full-rank, a dense Gaussian for every layer of every
+    member, as naive evolution strategies have it; activations, signs on the layer's outputs."""
     difference: Annotated[Literal["central", "forward"] | None, PresetName] = None
     """central: members in antithetic pairs. forward: each against the unperturbed network."""
     sigma: PresetFloat = None
@@ -139,14 +140,7 @@ def resolve(config: Config, device: torch.device) -> Config:
         groups = usual_groups(flags.population, LAYERS, flags.difference)
         flags = dataclasses.replace(flags, groups=groups)
         config = dataclasses.replace(config, evolution=flags)
-    if flags.layers_per_member == "all":
-        for name, paper in PAPER_ONLY.items():
-            if (value := getattr(flags, name)) != paper:
-                flag = cli.flag(name, value)
-                raise PopulationError(
-                    f"{flag} needs members that perturb one layer each "
-                    "(add --layers-per-member one)"
-                )
+    check_members(flags)
     check_population(flags.population, flags.rank, flags.sigma, flags.groups)
     if flags.layers_per_member == "one":
         make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), accuracy, "eager")
@@ -155,6 +149,25 @@ def resolve(config: Config, device: torch.device) -> Config:
         examples = config.training.batch_size
         fitness.try_out(examples, by_example=flags.estimator == "per-example")
     return config
+
+
+def check_members(flags: EvolutionFlags) -> None:
+    """Raises PopulationError for flags that need members of the other kind."""
+    if flags.layers_per_member == "one":
+        if flags.perturbation == "full-rank":
+            raise PopulationError(
+                "--perturbation full-rank needs members that perturb all layers "
+                "(add --estimator population, and --layers-per-member all to its preset tools)"
+            )
+        return
+    only = PAPER_ONLY.items()
+    wrong = [n for n, paper in only if getattr(flags, n) != paper]
+    wrong += ["perturbation"] if flags.perturbation == "activations" else []
+    for name in wrong:
+        flag = cli.flag(name, getattr(flags, name))
+        raise PopulationError(
+            f"{flag} needs members that perturb one layer each (add --layers-per-member one)"
+        )
 
 
 def preset_name(config: Config, device: torch.device) -> str:
@@ -172,6 +185,8 @@ def method_name(config: Config) -> str:
     flags = config.evolution
     if flags.estimator == "per-example":
         return "eggroll-per-example"
+    if flags.perturbation == "full-rank":
+        return "full-rank-es"
     as_in_the_paper = flags.sampling == "gaussian" and flags.groups == 1
     return "eggroll" if as_in_the_paper else "eggroll-tools"
 
@@ -247,6 +262,7 @@ def make_evolution(
         backend=backend,
         dtype=torch.bfloat16 if dtype_name(flags.dtype, device) == "bfloat16" else None,
         capture=backend == "triton" and fixed,
+        perturbation=flags.perturbation,
         **shared,
     )
 
@@ -258,6 +274,17 @@ def grown(flags: EvolutionFlags, progress: float) -> int:
     return flags.population if flags.population_growth == 1 else whole * round(members / whole)
 
 
+def backend_name(config: Config, examples: int, device: torch.device) -> str:
+    """The backend of a run on so many training examples. Raises BackendError."""
+    flags, auto = config.evolution, config.evolution.backend == "auto"
+    if flags.perturbation == "full-rank" and auto:
+        return "eager"
+    passes = config.training.epochs * examples * flags.population / flags.groups
+    no_kernels = auto and config.network.binary_weights
+    no_kernels |= flags.layers_per_member == "one"
+    return choose_backend(flags.backend, device, passes, no_kernels)
+
+
 def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
     digits = data.load_for(config.data, device)
@@ -265,14 +292,14 @@ def train(config: Config, device: torch.device) -> None:
         hidden_dim=config.network.hidden_dim,
         activation=config.network.activation,
         active_units=config.network.active_units,
+        binary_weights=config.network.binary_weights,
         bias=config.network.bias,
         init=config.network.init,
         seed=config.run.seed,
     ).to(device)
     optimizer = make_optimizer(network, config.training)
     flags = config.evolution
-    passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
-    backend = choose_backend(flags.backend, device, passes, flags.layers_per_member == "one")
+    backend = backend_name(config, len(digits.train), device)
     fitness = make_fitness(config)
     evolution = make_evolution(config, network, fitness, backend)
     keep_freed_memory()

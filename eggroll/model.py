@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.activations import make_activation
+from eggroll.binary import BinaryLinear
 
 Linear = Callable[[nn.Linear, Tensor], Tensor]
 
@@ -25,6 +26,7 @@ class MLP(nn.Module):
 
     activation    one of eggroll.activations.ACTIVATIONS
     active_units  of argmax-k alone: units that are on, by default a quarter of the layer's
+    binary_weights  every layer computes with the signs of its weights (eggroll.binary)
     """
 
     def __init__(
@@ -35,13 +37,15 @@ class MLP(nn.Module):
         *,
         activation: str = "gelu",
         active_units: int | None = None,
+        binary_weights: bool = False,
         bias: bool = False,
         init: str = "he",
         seed: int = 0,
     ):
         super().__init__()
         sizes = [in_features, hidden_dim, hidden_dim, out_features]
-        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(sizes))
+        kind = BinaryLinear if binary_weights else nn.Linear
+        self.layers = nn.ModuleList(kind(i, o, bias=bias) for i, o in pairwise(sizes))
         self.activation = make_activation(activation, active_units or -(-hidden_dim // 4))
         initialise(self.layers, init, seed)
 

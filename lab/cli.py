@@ -77,6 +77,8 @@ class NetworkFlags:
     units and 0 for the rest, int8-round is a gelu with 255 values."""
     active_units: PresetUnits = None
     """The k of argmax-k (default: a quarter of the hidden units)."""
+    binary_weights: bool = False
+    """Compute with the signs of the weights, and train the weights behind them."""
     bias: bool = False
     """Add a bias to every layer."""
     init: Literal["he", "orthogonal", "zero-head"] = "he"
