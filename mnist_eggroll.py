@@ -56,6 +56,10 @@ PRESETS = {
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
 PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}
 PRESETS |= {n: p | {"epochs": 10} for n, p in PRESETS.items() if n.endswith("quick-sample")}
+# Units that jump answer in jumps: members must move far enough to flip some, to either side. What
+# per-example credit takes instead where the activation is one of these.
+JUMPS = {"difference": "central", "sigma": 0.045}
+BY_ACTIVATION = {"sign": JUMPS, "step": JUMPS, "argmax-k": JUMPS}
 SHOWN = ("population", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
@@ -134,7 +138,7 @@ def resolve(config: Config, device: torch.device) -> Config:
 
     Raises PopulationError, before any data is loaded, for flags that do not go together.
     """
-    config = cli.apply_preset(config, PRESETS[preset_name(config, device)])
+    config = cli.apply_preset(config, preset_values(config, device))
     flags = config.evolution
     if flags.groups is None:
         groups = usual_groups(flags.population, LAYERS, flags.difference)
@@ -180,6 +184,14 @@ def preset_name(config: Config, device: torch.device) -> str:
     return name + (SAMPLE if config.data.dataset == data.SAMPLE else "")
 
 
+def preset_values(config: Config, device: torch.device) -> dict[str, int | float | str]:
+    """What the preset says for this run's estimator, data and activation."""
+    values = PRESETS[preset_name(config, device)]
+    if config.evolution.estimator == "per-example":
+        values = values | BY_ACTIVATION.get(config.network.activation, {})
+    return values
+
+
 def method_name(config: Config) -> str:
     """What a run is called in the results."""
     flags = config.evolution
@@ -191,14 +203,15 @@ def method_name(config: Config) -> str:
     return "eggroll" if as_in_the_paper else "eggroll-tools"
 
 
-def shown(preset: str) -> dict[str, float]:
+def shown(preset: dict[str, int | float | str]) -> dict[str, int | float | str]:
     """Of a preset, what differs from one to the next."""
-    return {flag: value for flag, value in PRESETS[preset].items() if flag in SHOWN}
+    return {flag: value for flag, value in preset.items() if flag in SHOWN}
 
 
-def announcement(config: Config, name: str) -> str:
+def announcement(config: Config, device: torch.device) -> str:
     """Which estimator and preset run, why, and what to type for another."""
-    values = cli.preset_values(shown(name))
+    name = preset_name(config, device)
+    values = cli.preset_values(shown(preset_values(config, device)))
     if config.evolution.estimator == "per-example":
         why = (
             "per-example credit: backprop's accuracy with few members, from the examples' own "
@@ -321,16 +334,15 @@ def train(config: Config, device: torch.device) -> None:
 
 def main() -> None:
     config = cli.parse(
-        Config, cli.describe(__doc__, {n: shown(n) for n in PRESETS if SAMPLE not in n})
+        Config, cli.describe(__doc__, {n: shown(p) for n, p in PRESETS.items() if SAMPLE not in n})
     )
     device = cli.resolve_device(config.run.device)
-    name = preset_name(config, device)
     config = resolve(config, device)
     if config.run.print_config:
         cli.print_config(method_name(config), config, device)
         return
     if not config.run.quiet:
-        print(announcement(config, name), flush=True)
+        print(announcement(config, device), flush=True)
     train(config, device)
 
 

@@ -30,6 +30,6 @@ def binarised(weight: Tensor) -> Tensor:
 
 
 def effective_weight(layer: nn.Linear, weight: Tensor | None = None) -> Tensor:
-    """What a layer multiplies by, (..., O, I): its own weights, or `weight`, as they are or binary."""
+    """What a layer multiplies by, (..., O, I), where `weight`, or else its own, are its weights."""
     weight = layer.weight if weight is None else weight
     return binarised(weight) if isinstance(layer, BinaryLinear) else weight

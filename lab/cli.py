@@ -135,6 +135,7 @@ ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
 
 AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population", "groups")
+AT_LEAST_ONE += ("active_units",)
 ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay", "population_growth")
 NOT_NEGATIVE = ("momentum", "weight_decay", "clip_norm", "seed", "chunk_size")
 PART_OF_ONE = ("ema_decay", "average_start", "label_smoothing")
@@ -222,6 +223,11 @@ def check(flags: Mapping[str, Any]) -> None:
     )
     if flags.get("seed", 0) >= 2**32:
         raise UserError(f"--seed {flags['seed']} is too large (type a number below {2**32:,})")
+    if (flags.get("active_units") or 0) > (most := flags.get("hidden_dim", 0)):
+        raise UserError(
+            f"--active-units {flags['active_units']} is more than the {most} hidden units "
+            f"(type {most} or less)"
+        )
     for names, holds, fault, remedy in rules:
         for name in names:
             if flags.get(name) is not None and not holds(flags[name]):

@@ -1,0 +1,141 @@
+"""Any signal, any component: the rows, table and figure that ./run_experiments.sh --all adds.
+
+Networks that backprop has no gradient for, and scores that are no loss, each by every method that
+can be asked. Everything lies in the folder any-signal of the experiment's own, so that its summary
+stays what it is.
+
+python -m lab.any_signal results/latest      the table and the figure again, from finished runs
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.errors import UserError
+from lab.report import read_summary
+from lab.runlog import SUMMARY_KEYS, write_csv, write_text
+
+FOLDER = "any-signal"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bar of the comparison: what is varied, and how it is trained.
+
+    panel  the part of the figure: "activation", "fitness" or "members"
+    base   one of the methods of lab.experiments
+    flags  on top of that method's; an option with a value is one word, with =
+    """
+
+    panel: str
+    label: str
+    base: str
+    flags: tuple[str, ...]
+
+    def folder(self, experiment: Path, seed: int) -> Path:
+        return experiment / FOLDER / self.panel / self.label / self.base / f"seed{seed}"
+
+
+def rows() -> list[Row]:
+    """Every row, in the order of the table."""
+    found = []
+    for name in ("gelu", "relu", "int8-round", "argmax-k", "step", "sign"):
+        for base in ("backprop", "eggroll-per-example"):
+            found.append(Row("activation", name, base, (f"--activation={name}", *EPOCHS)))
+    for base in ("backprop", "eggroll-per-example"):
+        found.append(Row("activation", "binary weights", base, ("--binary-weights", *EPOCHS)))
+    for label, base, flags in FITNESSES:
+        found.append(Row("fitness", label, base, (*flags, *EPOCHS)))
+    for label in ("low-rank", "full-rank"):
+        flags = (f"--perturbation={label}", "--population=128", "--epochs=1")
+        found.append(Row("members", label, "eggroll", flags))
+    return found
+
+
+EPOCHS = ("--epochs=3",)
+HITS = ("--difference=central", "--sigma=0.02", "--optimizer=adam", "--lr=0.001")
+FITNESSES = (
+    ("cross-entropy", "backprop", ()),
+    ("cross-entropy", "eggroll-per-example", ()),
+    ("cross-entropy", "eggroll-tools", ()),
+    ("accuracy", "eggroll-per-example", ("--fitness=accuracy", *HITS)),
+    ("accuracy", "eggroll-tools", ("--fitness=accuracy",)),
+    (
+        "costly confusion",
+        "eggroll-per-example",
+        ("--fitness=examples/costly_confusion.py:minus_cost", *HITS),
+    ),
+    ("costly confusion", "eggroll-tools", ("--fitness=examples/costly_confusion.py:minus_cost",)),
+    ("macro-F1", "eggroll-tools", ("--fitness=examples/macro_f1.py:macro_f1",)),
+    ("external program", "eggroll-tools", ("--fitness=examples/external_program.py:verdict",)),
+)
+
+
+def write_report(experiment: Path) -> tuple[str, list[Path]]:
+    """summary.csv, summary.md and the figure of all finished rows: the table, what was written.
+
+    Raises UserError where none is finished.
+    """
+    from lab.any_signal_figure import draw
+
+    found = [record for row in rows() for record in finished(row, experiment)]
+    if not found:
+        raise UserError(f"no finished run in {experiment / FOLDER} (./run_experiments.sh --all)")
+    folder = experiment / FOLDER
+    write_csv(folder / "summary.csv", found, ("panel", "label", *SUMMARY_KEYS))
+    table = markdown_table(found)
+    write_text(folder / "summary.md", f"# Any signal, any component\n\n{table}")
+    return table, [folder / "summary.csv", folder / "summary.md", *draw(found, folder)]
+
+
+def finished(row: Row, experiment: Path) -> list[dict[str, Any]]:
+    """Summaries of the row's seeds, with the row's panel and label."""
+    paths = sorted(row.folder(experiment, 0).parent.glob("seed*/summary.json"))
+    summaries = [read_summary(path.parent) for path in paths]
+    place = {"panel": row.panel, "label": row.label}
+    return [place | summary for summary in summaries if summary["status"] == "finished"]
+
+
+def markdown_table(found: Sequence[dict[str, Any]]) -> str:
+    """One line for each panel, label and method: mean and deviation over the seeds."""
+    lines = [
+        "| what | with | method | population | epochs | seeds | test accuracy | training time |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (panel, label, method), group in grouped(found).items():
+        first, accuracies = group[0], [100 * s["test_accuracy"] for s in group]
+        deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(group) > 1 else ""
+        seconds = statistics.median(s["train_seconds"] for s in group)
+        cells = (panel, label, method, f"{first['population']:,}" if first["population"] else "")
+        cells += (str(first["epochs"]), str(len(group)))
+        cells += (f"{statistics.mean(accuracies):.2f}{deviation} %", f"{seconds:,.1f} s")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def grouped(found: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """The summaries of each panel, label and method."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for summary in found:
+        key = (summary["panel"], summary["label"], summary["method"])
+        groups.setdefault(key, []).append(summary)
+    return groups
+
+
+def main(args: Sequence[str]) -> None:
+    if len(args) != 1:
+        raise UserError("type: python -m lab.any_signal FOLDER")
+    table, paths = write_report(Path(args[0]))
+    print(table)
+    print("\n".join(map(str, paths)))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as problem:
+        print(f"lab.any_signal: error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
