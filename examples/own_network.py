@@ -30,10 +30,10 @@ class Net(nn.Module):
 torch.manual_seed(0)
 digits, network = data.load_for(DataFlags("mnist-sample"), torch.device("cpu")), Net()
 images, test_images = (digits.scale(part.images) for part in (digits.train, digits.test))
-options = {"population": 576, "groups": 8, "difference": "central", "sigma": 0.02}
+options = {"population": 384, "groups": 8, "difference": "central", "sigma": 0.02}
 evolution = LayerwiseEvolution(network, cross_entropy(), **options)
 optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
-for batch in torch.randint(len(images), (300, 128)):
+for batch in torch.randint(len(images), (200, 128)):
     evolution.estimate(images[batch], digits.train.labels[batch])
     optimizer.step()
 print(f"test accuracy {accuracy(network(test_images), digits.test.labels).mean():.1%}")

@@ -4,9 +4,11 @@ Networks that backprop has no gradient for, and scores that are no loss, each by
 can be asked. Everything lies in the folder any-signal of the experiment's own, so that its summary
 stays what it is.
 
-python -m lab.any_signal results/latest      the table and the figure again, from finished runs
+python -m lab.any_signal results/latest                      the table and the figure again
+python -m lab.any_signal publish results/latest DESTINATION  copies what is worth committing
 """
 
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
-from lab.report import read_summary
+from lab.report import COMMITTED, read_summary
 from lab.runlog import SUMMARY_KEYS, write_csv, write_text
 
 FOLDER = "any-signal"
@@ -55,7 +57,7 @@ def rows() -> list[Row]:
     return found
 
 
-EPOCHS = ("--epochs=3",)
+EPOCHS = ("--epochs=2",)
 HITS = ("--difference=central", "--sigma=0.02", "--optimizer=adam", "--lr=0.001")
 FITNESSES = (
     ("cross-entropy", "backprop", ()),
@@ -125,12 +127,28 @@ def grouped(found: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[
     return groups
 
 
+def publish(experiment: Path, destination: Path) -> None:
+    """Copy the rows' records (no checkpoints, no weights) and their report."""
+    _, paths = write_report(experiment)
+    for row in rows():
+        for run in row.folder(experiment, 0).parent.glob("seed*"):
+            paths += [run / name for name in COMMITTED if (run / name).exists()]
+    for path in paths:
+        target = destination / path.relative_to(experiment)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+
+
 def main(args: Sequence[str]) -> None:
-    if len(args) != 1:
-        raise UserError("type: python -m lab.any_signal FOLDER")
-    table, paths = write_report(Path(args[0]))
-    print(table)
-    print("\n".join(map(str, paths)))
+    match list(args):
+        case ["publish", source, destination]:
+            publish(Path(source), Path(destination))
+        case [folder]:
+            table, paths = write_report(Path(folder))
+            print(table)
+            print("\n".join(map(str, paths)))
+        case _:
+            raise UserError("type: python -m lab.any_signal FOLDER | publish FROM TO")
 
 
 if __name__ == "__main__":

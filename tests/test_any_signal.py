@@ -56,6 +56,9 @@ def test_every_row_is_run_once_for_each_seed_and_reported_in_a_folder_of_its_own
     for row in any_signal.rows():
         assert row.label in drawn and f"| {row.panel} | {row.label} |" in table
     assert "full-rank-es" in table and "backprop | 100 | 1 | 2 | 80.00 ± 0.00 %" in table
+    any_signal.publish(tmp_path, tmp_path / "reference")
+    copied = [path.name for path in (tmp_path / "reference").rglob("*.*")]
+    assert copied.count("summary.json") == len(made) and "any_signal.png" in copied
     experiment()
     assert len(made) == 2 * len(any_signal.rows())  # all are finished already
     experiment(["--bias"])
