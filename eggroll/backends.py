@@ -141,6 +141,7 @@ class Compiled(Eager):
 
     def __init__(self):
         self.compiled = FirstShape(_scores_of_tensors)
+        self.fitness: Fitness | None = None
 
     @torch.no_grad()
     def score(
@@ -150,15 +151,30 @@ class Compiled(Eager):
         # a number would be compiled in, and sigma may follow a schedule
         sigma = torch.tensor(population.sigma, device=inputs.device, dtype=inputs.dtype)
         factors = [f for noise in chunk.draw() for f in (noise.a, noise.b, noise.bias)]
-        # what others wrote is run as it is: it may do what no compiler follows
-        ours = getattr(fitness, "__module__", "") == cross_entropy.__module__
-        fixed = (population.network, population.layers, fitness if ours else _outputs_alone)
-        found = self.compiled(*fixed, sigma, inputs, labels, *shared, *factors)
-        return found if ours else fitness(found, labels)
+        fixed = (population.network, population.layers, self._compilable(fitness))
+        return self.compiled(*fixed, sigma, inputs, labels, *shared, *factors)
+
+    def _compilable(self, fitness: Fitness) -> Fitness:
+        """`compilable`, once for a fitness: another wrapper would be compiled anew."""
+        if fitness is not self.fitness:
+            self.fitness, self.followed = fitness, compilable(fitness)
+        return self.followed
 
 
-def _outputs_alone(outputs: Tensor, labels: Tensor) -> Tensor:
-    return outputs
+def compilable(fitness: Fitness) -> Fitness:
+    """The fitness, for compiled code to call.
+
+    The package's own are compiled with what comes before them. What others wrote is run as it is:
+    it may read files, talk to programs and do all else that no compiler follows.
+    """
+    if getattr(fitness, "__module__", "") == cross_entropy.__module__:
+        return fitness
+
+    @torch.compiler.disable
+    def as_it_is(outputs: Tensor, labels: Tensor) -> Tensor:
+        return fitness(outputs, labels)
+
+    return as_it_is
 
 
 def _scores_of_tensors(

@@ -37,8 +37,6 @@ class UserFitness:
         self.function = _function(path, name)
         self.varied = False  # whether it has ever told two members apart
 
-    # what a user writes may read files, talk to programs or print: nothing to compile
-    @torch.compiler.disable
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Scores (P, B) or (P,). Raises UserError for what the function does wrong."""
         try:
