@@ -74,7 +74,7 @@ FITNESSES = {
 BY_EXAMPLE = ("accuracy", "costly confusion")
 # Scores that are counts: members must change an answer before they are told apart
 HITS = ("--difference=central", "--sigma=0.02", "--optimizer=adam", "--lr=0.001")
-ONE_SCORE = ("--population=416", "--sigma=0.05", "--lr=0.01", "--epochs=1")
+ONE_SCORE = ("--population=256", "--sigma=0.05", "--lr=0.01", "--epochs=1")
 
 
 def write_report(experiment: Path) -> tuple[str, list[Path]]:
