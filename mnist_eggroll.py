@@ -274,7 +274,7 @@ def make_evolution(
         fitness,
         backend=backend,
         dtype=torch.bfloat16 if dtype_name(flags.dtype, device) == "bfloat16" else None,
-        capture=backend == "triton" and fixed,
+        capture=backend == "triton" and fixed and not isinstance(fitness, UserFitness),
         perturbation=flags.perturbation,
         **shared,
     )

@@ -1,6 +1,9 @@
 """The verdict of another program as the fitness: here awk, with the rules in judge.awk.
 
-python mnist_eggroll.py --estimator population --fitness examples/external_program.py:verdict
+python mnist_eggroll.py --fitness examples/external_program.py:verdict \
+    --estimator population --population 416 --sigma 0.05 --lr 0.01 --epochs 1
+
+What comes out: RESULT
 
 The program is started once and asked over pipes: a line with the right digits, then a line with
 each member's answers, for which it returns a line with a score. Only digits reach it and only
