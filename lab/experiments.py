@@ -4,8 +4,8 @@ usage: ./run_experiments.sh [--quick] [--all] [any flag of the two scripts]
 
   --quick       everything in about a minute, to see that it works
   --all         afterwards also networks without a gradient (activations, binary weights), scores
-                that are no loss, and members of full rank: TIMETOALL
-                more, in the folder any-signal with a table and a figure of its own
+                that are no loss, and members of full rank: a quarter of an hour more on
+                a CPU, in the folder any-signal with a table and a figure of its own
   --help        this text
 
 Flags that both scripts have (--epochs, --dataset, --hidden-dim, --device, ...) go to both, the

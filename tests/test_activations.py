@@ -8,8 +8,10 @@ from conftest import SAMPLE, run_script
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import mnist_eggroll
 from eggroll import MLP, Evolution, LayerwiseEvolution, cross_entropy
 from eggroll.activations import ACTIVATIONS, make_activation
+from lab import cli
 
 FLAT = ("sign", "step", "argmax-k", "int8-round")
 
@@ -86,3 +88,16 @@ def test_both_scripts_train_what_can_be_trained_through_argmax_k(script, tmp_pat
     moved = {name: not torch.equal(w, untrained[name]) for name, w in weights.items()}
     assert moved["layers.2.weight"]
     assert moved["layers.0.weight"] == (script == "mnist_eggroll.py")
+
+
+def test_units_that_jump_get_larger_perturbations_unless_a_flag_says_otherwise():
+    def resolved(*flags):
+        config = cli.parse(mnist_eggroll.Config, "", flags)
+        flags = mnist_eggroll.resolve(config, torch.device("cpu")).evolution
+        return flags.sigma, flags.difference
+
+    assert resolved() == (0.004, "forward")
+    for name in ("sign", "step", "argmax-k"):
+        assert resolved("--activation", name) == (0.045, "central")
+    assert resolved("--activation", "sign", "--sigma", "0.1") == (0.1, "central")
+    assert resolved("--activation", "sign", "--estimator", "population") == (0.02, "central")
