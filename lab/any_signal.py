@@ -40,6 +40,11 @@ class Row:
     def folder(self, experiment: Path, seed: int) -> Path:
         return experiment / FOLDER / self.panel / self.label / self.base / f"seed{seed}"
 
+    def flags_for(self, quick: bool) -> list[str]:
+        """The row's flags; how much is trained is left to --quick where it is typed."""
+        sizes = ("--epochs=", "--population=")
+        return [flag for flag in self.flags if not (quick and flag.startswith(sizes))]
+
 
 def rows() -> list[Row]:
     """Every row, in the order of the table."""

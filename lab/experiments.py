@@ -100,11 +100,12 @@ def experiment_with_any_signal(
     typed: Callable[[str], list[str]], seeds: Sequence[int], folder: Path
 ) -> None:
     """The rows of lab.any_signal that are not finished yet, with these flags for each method."""
-    todo = [
-        (row.base, [*typed(row.base), *row.flags, "--seed", str(seed)], row.folder(folder, seed))
-        for row in any_signal.rows()
-        for seed in seeds
-    ]
+    todo = []
+    for row in any_signal.rows():
+        flags = typed(row.base)
+        flags = [*flags, *row.flags_for(given("--quick", flags))]
+        for seed in seeds:
+            todo.append((row.base, [*flags, "--seed", str(seed)], row.folder(folder, seed)))
     if any(made_otherwise(*each) for each in todo):
         move_aside(folder / any_signal.FOLDER)
     for each in todo:

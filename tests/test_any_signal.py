@@ -65,6 +65,9 @@ def test_every_row_is_run_once_for_each_seed_and_reported_in_a_folder_of_its_own
     experiment(["--bias"])
     assert len(made) == 4 * len(any_signal.rows())
     assert len(list(tmp_path.glob("any-signal_until_*"))) == 1  # never overwritten
+    experiment(["--quick"])
+    command = (folder / "fitness" / "accuracy" / "eggroll" / "seed0" / "config.json").read_text()
+    assert "--sigma=0.05" in command and "--epochs" not in command
 
 
 def test_nothing_to_report_is_said(tmp_path):
