@@ -3,8 +3,8 @@
 python mnist_eggroll.py --fitness examples/external_program.py:verdict \
     --estimator population --population 416 --sigma 0.05 --lr 0.01 --epochs 1
 
-What comes out: one epoch, about a minute on one core. The judge counts what is right, so the network
-becomes what --fitness accuracy makes of it; other rules are other lines of awk.
+What comes out: one epoch, about a minute on one core. The judge counts what is right, so the
+network becomes what --fitness accuracy makes of it; other rules are other lines of awk.
 
 The program is started once and asked over pipes: a line with the right digits, then a line with
 each member's answers, for which it returns a line with a score. Only digits reach it and only

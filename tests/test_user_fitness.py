@@ -184,7 +184,7 @@ def test_the_script_ends_with_one_line_before_anything_is_written(file, tmp_path
 
 def command_in(example):
     """What the example's header says to type."""
-    text = (ROOT / "examples" / example).read_text().replace("\\\n", "")
+    text = (ROOT / "examples" / example).read_text().replace("\\\n    ", "")
     return re.search(r"^python (.*?)(?:   .*)?$", text, re.M)[1].split()
 
 
