@@ -74,6 +74,9 @@ def train(config: Config, device: torch.device) -> None:
     digits = data.load_for(config.data, device)
     network = MLP(
         hidden_dim=config.network.hidden_dim,
+        activation=config.network.activation,
+        active_units=config.network.active_units,
+        binary_weights=config.network.binary_weights,
         bias=config.network.bias,
         init=config.network.init,
         seed=config.run.seed,

@@ -6,6 +6,7 @@ python mnist_eggroll.py --quick    # less than a minute on two cores
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -22,13 +23,15 @@ from eggroll import (
 )
 from eggroll.backends import choose_backend
 from eggroll.evolution import CAPTURABLE
+from eggroll.fitness import Fitness
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
 from eggroll.sharing import usual_groups
-from lab import cli, data
-from lab.cli import PresetFloat, PresetInt, PresetName, SharedConfig
+from lab import cli, data, user_fitness
+from lab.cli import FitnessName, PresetFloat, PresetInt, PresetName, SharedConfig
 from lab.optim import make_optimizer, step
 from lab.training import Members, Training
+from lab.user_fitness import UserFitness
 
 # What runs where no flag says otherwise. Names of presets are estimator, kind and dataset. Of the
 # paper's estimator, gpu is the full experiment, cpu ends within 5 minutes on two cores, and tools
@@ -53,10 +56,14 @@ PRESETS = {
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
 PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}
 PRESETS |= {n: p | {"epochs": 10} for n, p in PRESETS.items() if n.endswith("quick-sample")}
+# Units that jump answer in jumps: members must move far enough to flip some, to either side. What
+# per-example credit takes instead where the activation is one of these.
+JUMPS = {"difference": "central", "sigma": 0.045}
+BY_ACTIVATION = {"sign": JUMPS, "step": JUMPS, "argmax-k": JUMPS}
 SHOWN = ("population", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
-PAPER_ONLY |= {"estimator": "population", "perturbation": "low-rank", "share_a": False}
+PAPER_ONLY |= {"estimator": "population", "share_a": False}
 LAYERS = 3  # of the network
 QUICK, SAMPLE = "-quick", "-sample"  # endings of presets
 
@@ -87,8 +94,9 @@ class EvolutionFlags:
     sampling: Annotated[Literal["gaussian", "batch-subspace", "whitened"] | None, PresetName] = None
     """How B is drawn: gaussian, batch-subspace (gaussian in the span of what the layer reads) or
     whitened (there, with constant effect on every example)."""
-    perturbation: Literal["low-rank", "activations"] = "low-rank"
-    """low-rank is EGGROLL. activations: signs on the layer's outputs, for comparison."""
+    perturbation: Literal["low-rank", "full-rank", "activations"] = "low-rank"
+    """low-rank is EGGROLL. For comparison: full-rank, a dense Gaussian for every layer of every
+    member, as naive evolution strategies have it; activations, signs on the layer's outputs."""
     difference: Annotated[Literal["central", "forward"] | None, PresetName] = None
     """central: members in antithetic pairs. forward: each against the unperturbed network."""
     sigma: PresetFloat = None
@@ -97,8 +105,9 @@ class EvolutionFlags:
     """Factor on sigma per epoch."""
     population_growth: float = 1.0
     """The population at the end of the run over the one at its start; it grows linearly."""
-    fitness: Literal["cross-entropy", "accuracy"] = "cross-entropy"
-    """What a member is scored by: log-likelihood of the labels, or hits alone."""
+    fitness: FitnessName = "cross-entropy"
+    """What a member is scored by: log-likelihood of the labels, hits alone, or a function of your
+    own: logits (P, B, 10), labels (B,) -> (P, B), or (P,) for the paper's estimator."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
     shaping: Annotated[Literal["z-score", "centered-rank", "sign", "none"] | None, PresetName] = (
@@ -129,24 +138,40 @@ def resolve(config: Config, device: torch.device) -> Config:
 
     Raises PopulationError, before any data is loaded, for flags that do not go together.
     """
-    config = cli.apply_preset(config, PRESETS[preset_name(config, device)])
+    config = cli.apply_preset(config, preset_values(config, device))
     flags = config.evolution
     if flags.groups is None:
         groups = usual_groups(flags.population, LAYERS, flags.difference)
         flags = dataclasses.replace(flags, groups=groups)
         config = dataclasses.replace(config, evolution=flags)
-    if flags.layers_per_member == "all":
-        for name, paper in PAPER_ONLY.items():
-            if (value := getattr(flags, name)) != paper:
-                flag = cli.flag(name, value)
-                raise PopulationError(
-                    f"{flag} needs members that perturb one layer each "
-                    "(add --layers-per-member one)"
-                )
+    check_members(flags)
     check_population(flags.population, flags.rank, flags.sigma, flags.groups)
     if flags.layers_per_member == "one":
-        make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), "eager")
+        make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), accuracy, "eager")
+    fitness = make_fitness(config)
+    if isinstance(fitness, UserFitness):
+        examples = config.training.batch_size
+        fitness.try_out(examples, by_example=flags.estimator == "per-example")
     return config
+
+
+def check_members(flags: EvolutionFlags) -> None:
+    """Raises PopulationError for flags that need members of the other kind."""
+    if flags.layers_per_member == "one":
+        if flags.perturbation == "full-rank":
+            raise PopulationError(
+                "--perturbation full-rank needs members that perturb all layers "
+                "(add --estimator population, and --layers-per-member all to its preset tools)"
+            )
+        return
+    only = PAPER_ONLY.items()
+    wrong = [n for n, paper in only if getattr(flags, n) != paper]
+    wrong += ["perturbation"] if flags.perturbation == "activations" else []
+    for name in wrong:
+        flag = cli.flag(name, getattr(flags, name))
+        raise PopulationError(
+            f"{flag} needs members that perturb one layer each (add --layers-per-member one)"
+        )
 
 
 def preset_name(config: Config, device: torch.device) -> str:
@@ -159,23 +184,34 @@ def preset_name(config: Config, device: torch.device) -> str:
     return name + (SAMPLE if config.data.dataset == data.SAMPLE else "")
 
 
+def preset_values(config: Config, device: torch.device) -> dict[str, int | float | str]:
+    """What the preset says for this run's estimator, data and activation."""
+    values = PRESETS[preset_name(config, device)]
+    if config.evolution.estimator == "per-example":
+        values = values | BY_ACTIVATION.get(config.network.activation, {})
+    return values
+
+
 def method_name(config: Config) -> str:
     """What a run is called in the results."""
     flags = config.evolution
     if flags.estimator == "per-example":
         return "eggroll-per-example"
+    if flags.perturbation == "full-rank":
+        return "full-rank-es"
     as_in_the_paper = flags.sampling == "gaussian" and flags.groups == 1
     return "eggroll" if as_in_the_paper else "eggroll-tools"
 
 
-def shown(preset: str) -> dict[str, float]:
+def shown(preset: dict[str, int | float | str]) -> dict[str, int | float | str]:
     """Of a preset, what differs from one to the next."""
-    return {flag: value for flag, value in PRESETS[preset].items() if flag in SHOWN}
+    return {flag: value for flag, value in preset.items() if flag in SHOWN}
 
 
-def announcement(config: Config, name: str) -> str:
+def announcement(config: Config, device: torch.device) -> str:
     """Which estimator and preset run, why, and what to type for another."""
-    values = cli.preset_values(shown(name))
+    name = preset_name(config, device)
+    values = cli.preset_values(shown(preset_values(config, device)))
     if config.evolution.estimator == "per-example":
         why = (
             "per-example credit: backprop's accuracy with few members, from the examples' own "
@@ -196,7 +232,17 @@ def dtype_name(flag: str, device: torch.device) -> str:
     return flag
 
 
-def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | LayerwiseEvolution:
+def make_fitness(config: Config) -> Fitness:
+    """What --fitness names. Raises UserError for a file or function that is not there."""
+    name = config.evolution.fitness
+    if name == "cross-entropy":
+        return cross_entropy(config.evolution.temperature, config.training.label_smoothing)
+    return accuracy if name == "accuracy" else user_fitness.load(name)
+
+
+def make_evolution(
+    config: Config, network: MLP, fitness: Fitness, backend: str
+) -> Evolution | LayerwiseEvolution:
     """The trainer that the flags describe, for a backend as `choose_backend` returns it."""
     flags = config.evolution
     device = network.layers[0].weight.device
@@ -210,9 +256,6 @@ def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | La
         "chunk_size": flags.chunk_size,
         "winsorize": flags.winsorize,
     }
-    fitness = cross_entropy(flags.temperature, config.training.label_smoothing)
-    if flags.fitness == "accuracy":
-        fitness = accuracy
     if flags.layers_per_member == "one":
         return LayerwiseEvolution(
             network,
@@ -231,7 +274,8 @@ def make_evolution(config: Config, network: MLP, backend: str) -> Evolution | La
         fitness,
         backend=backend,
         dtype=torch.bfloat16 if dtype_name(flags.dtype, device) == "bfloat16" else None,
-        capture=backend == "triton" and fixed,
+        capture=backend == "triton" and fixed and not isinstance(fitness, UserFitness),
+        perturbation=flags.perturbation,
         **shared,
     )
 
@@ -243,20 +287,34 @@ def grown(flags: EvolutionFlags, progress: float) -> int:
     return flags.population if flags.population_growth == 1 else whole * round(members / whole)
 
 
+def backend_name(config: Config, examples: int, device: torch.device) -> str:
+    """The backend of a run on so many training examples. Raises BackendError."""
+    flags, auto = config.evolution, config.evolution.backend == "auto"
+    if flags.perturbation == "full-rank" and auto:
+        return "eager"
+    passes = config.training.epochs * examples * flags.population / flags.groups
+    no_kernels = auto and config.network.binary_weights
+    no_kernels |= flags.layers_per_member == "one"
+    return choose_backend(flags.backend, device, passes, no_kernels)
+
+
 def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
     digits = data.load_for(config.data, device)
     network = MLP(
         hidden_dim=config.network.hidden_dim,
+        activation=config.network.activation,
+        active_units=config.network.active_units,
+        binary_weights=config.network.binary_weights,
         bias=config.network.bias,
         init=config.network.init,
         seed=config.run.seed,
     ).to(device)
     optimizer = make_optimizer(network, config.training)
     flags = config.evolution
-    passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
-    backend = choose_backend(flags.backend, device, passes, flags.layers_per_member == "one")
-    evolution = make_evolution(config, network, backend)
+    backend = backend_name(config, len(digits.train), device)
+    fitness = make_fitness(config)
+    evolution = make_evolution(config, network, fitness, backend)
     keep_freed_memory()
 
     members = Members(flags.population, flags.groups, flags.population_growth, backend)
@@ -264,7 +322,7 @@ def train(config: Config, device: torch.device) -> None:
         method_name(config), config, digits, network, optimizer, device, members
     ) as training:
         with training.warm_up() as (images, labels):
-            evolution.estimate(images, labels)
+            user_fitness.warm_up(fitness, partial(evolution.estimate, images, labels))
         evolution.step = training.step  # keys the noise: the warm-up's is drawn again
         for images, labels in training.batches():
             evolution.sigma = flags.sigma * flags.sigma_decay**training.epoch
@@ -276,16 +334,15 @@ def train(config: Config, device: torch.device) -> None:
 
 def main() -> None:
     config = cli.parse(
-        Config, cli.describe(__doc__, {n: shown(n) for n in PRESETS if SAMPLE not in n})
+        Config, cli.describe(__doc__, {n: shown(p) for n, p in PRESETS.items() if SAMPLE not in n})
     )
     device = cli.resolve_device(config.run.device)
-    name = preset_name(config, device)
     config = resolve(config, device)
     if config.run.print_config:
         cli.print_config(method_name(config), config, device)
         return
     if not config.run.quiet:
-        print(announcement(config, name), flush=True)
+        print(announcement(config, device), flush=True)
     train(config, device)
 
 

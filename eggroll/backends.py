@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.estimator import estimate_layer
-from eggroll.fitness import Fitness
+from eggroll.fitness import Fitness, cross_entropy
 from eggroll.noise import LayerNoise
 from eggroll.perturbed import shared_products
 from eggroll.population import Chunk, Population, draw_keyed, perturbed_forward
@@ -141,6 +141,7 @@ class Compiled(Eager):
 
     def __init__(self):
         self.compiled = FirstShape(_scores_of_tensors)
+        self.fitness: Fitness | None = None
 
     @torch.no_grad()
     def score(
@@ -150,8 +151,30 @@ class Compiled(Eager):
         # a number would be compiled in, and sigma may follow a schedule
         sigma = torch.tensor(population.sigma, device=inputs.device, dtype=inputs.dtype)
         factors = [f for noise in chunk.draw() for f in (noise.a, noise.b, noise.bias)]
-        fixed = (population.network, population.layers, fitness)
+        fixed = (population.network, population.layers, self._compilable(fitness))
         return self.compiled(*fixed, sigma, inputs, labels, *shared, *factors)
+
+    def _compilable(self, fitness: Fitness) -> Fitness:
+        """`compilable`, once for a fitness: another wrapper would be compiled anew."""
+        if fitness is not self.fitness:
+            self.fitness, self.followed = fitness, compilable(fitness)
+        return self.followed
+
+
+def compilable(fitness: Fitness) -> Fitness:
+    """The fitness, for compiled code to call.
+
+    The package's own are compiled with what comes before them. What others wrote is run as it is:
+    it may read files, talk to programs and do all else that no compiler follows.
+    """
+    if getattr(fitness, "__module__", "") == cross_entropy.__module__:
+        return fitness
+
+    @torch.compiler.disable
+    def as_it_is(outputs: Tensor, labels: Tensor) -> Tensor:
+        return fitness(outputs, labels)
+
+    return as_it_is
 
 
 def _scores_of_tensors(

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from eggroll.backends import choose_backend, make_backend
+from eggroll.binary import BinaryLinear
 from eggroll.captured import CapturedStep
 from eggroll.estimator import pair_weights
 from eggroll.fitness import SHAPINGS, Fitness, check_finite, member_scores, winsorized
+from eggroll.full_rank import FullRank
 from eggroll.perturbed import PopulationError
 from eggroll.population import Population, linear_layers
 
+PERTURBATIONS = ("low-rank", "full-rank")
 CAPTURABLE = ("z-score", "sign")  # shapings that neither wait for the device nor read sigma
 
 
@@ -39,6 +42,8 @@ class Evolution:
     backend     one of eggroll.backends.BACKENDS
     dtype       of the population's forward, where it is not the network's own: the members are
                 then perturbations of a copy, and the estimate goes to the network
+    perturbation  "low-rank", or "full-rank": naive evolution strategies (eggroll.full_rank), for
+                comparison, with the eager backend alone
     capture     replay the step as a CUDA graph. Only with the triton backend, and only where
                 neither fitness nor shaping waits for the device
 
@@ -63,6 +68,7 @@ class Evolution:
         backend: str = "eager",
         dtype: torch.dtype | None = None,
         capture: bool = False,
+        perturbation: str = "low-rank",
     ):
         if shaping not in SHAPINGS:
             raise ValueError(f"shaping {shaping!r} is not known (try {', '.join(SHAPINGS)})")
@@ -75,7 +81,8 @@ class Evolution:
             raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
         device = linear_layers(network)[0].weight.device
         chosen = choose_backend(backend, device)
-        self.backend = make_backend(chosen)
+        _check_members(network, perturbation, chosen, rank)
+        self.backend = FullRank() if perturbation == "full-rank" else make_backend(chosen)
         self.dtype = dtype or linear_layers(network)[0].weight.dtype
         self.perturbed = copy.deepcopy(network).to(dtype) if dtype else network
         self.population_in_work = self.ask()  # raises at once what the first step would raise
@@ -159,3 +166,18 @@ class Evolution:
         scores = self.evaluate(self.population_in_work, inputs, labels)
         self.tell(self.population_in_work, scores)
         return scores.mean()
+
+
+def _check_members(network: nn.Module, perturbation: str, backend: str, rank: int) -> None:
+    """Raises PopulationError for members that no backend of that name evaluates."""
+    if perturbation not in PERTURBATIONS:
+        raise PopulationError(
+            f"perturbation {perturbation!r} is not known (try {', '.join(PERTURBATIONS)})"
+        )
+    if perturbation == "full-rank" and (backend != "eager" or rank != 1):
+        raise PopulationError(
+            f"members of full rank have no rank and one backend, and here is rank {rank} and "
+            f"backend {backend} (try rank 1, backend eager)"
+        )
+    if backend == "triton" and any(isinstance(m, BinaryLinear) for m in network.modules()):
+        raise PopulationError("the triton kernels know no binary weights (try backend compile)")

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from eggroll.backends import FirstShape
+from eggroll.backends import FirstShape, compilable
 from eggroll.centre import Centre, forward_of_members
 from eggroll.credit import example_credit, member_credit, member_slopes
 from eggroll.directions import KINDS, most_members
@@ -103,7 +103,9 @@ class LayerwiseEvolution:
         self.seed, self.step = seed, 0
         self.device = self.layers[0].weight.device
         self.chunk = chunk_size or (CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK)
-        self.scores = FirstShape(scores_of_members) if backend == "compile" else scores_of_members
+        self.scores = scores_of_members
+        if backend == "compile":
+            self.fitness, self.scores = compilable(fitness), FirstShape(scores_of_members)
         self.directions()  # raises at once what the first step would raise
 
     def directions(self) -> list[int]:

@@ -6,7 +6,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from eggroll.activations import make_activation
+from eggroll.binary import BinaryLinear
 
 Linear = Callable[[nn.Linear, Tensor], Tensor]
 
@@ -21,6 +23,10 @@ class MLP(nn.Module):
 
     Backprop and evaluation call the network plainly. A population hands in a `linear` that adds
     each member's low-rank term, and every tensor inside then has a leading population axis.
+
+    activation    one of eggroll.activations.ACTIVATIONS
+    active_units  of argmax-k alone: units that are on, by default a quarter of the layer's
+    binary_weights  every layer computes with the signs of its weights (eggroll.binary)
     """
 
     def __init__(
@@ -29,14 +35,18 @@ class MLP(nn.Module):
         hidden_dim: int = 256,
         out_features: int = 10,
         *,
+        activation: str = "gelu",
+        active_units: int | None = None,
+        binary_weights: bool = False,
         bias: bool = False,
         init: str = "he",
         seed: int = 0,
     ):
         super().__init__()
         sizes = [in_features, hidden_dim, hidden_dim, out_features]
-        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(sizes))
-        self.activation = F.gelu
+        kind = BinaryLinear if binary_weights else nn.Linear
+        self.layers = nn.ModuleList(kind(i, o, bias=bias) for i, o in pairwise(sizes))
+        self.activation = make_activation(activation, active_units or -(-hidden_dim // 4))
         initialise(self.layers, init, seed)
 
     def forward(self, x: Tensor, linear: Linear = plain_linear) -> Tensor:

@@ -6,6 +6,7 @@ Letters: P members, N pairs, B examples, R rank, O/I a layer's outputs/inputs.
 import torch
 from torch import Tensor, nn
 
+from eggroll.binary import effective_weight
 from eggroll.noise import LayerNoise, block_size
 
 
@@ -114,7 +115,7 @@ class PerturbedLinear:
         """Every member has its own x, (P, ..., I): a batched product per term, pair by pair."""
         pairs, _, out_features = noise.a.shape
         flat = x.reshape(pairs, -1, x.shape[-1])  # both signs of a pair, one after the other
-        weight = layer.weight.T.expand(pairs, -1, -1)
+        weight = effective_weight(layer).T.expand(pairs, -1, -1)
         if layer.bias is None:
             y = torch.bmm(flat, weight)
         else:

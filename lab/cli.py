@@ -25,6 +25,8 @@ def preset_arg(metavar: str) -> Any:
 PresetInt = Annotated[int | None, preset_arg("INT")]
 PresetFloat = Annotated[float | None, preset_arg("FLOAT")]
 PresetName = preset_arg("NAME")
+PresetUnits = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 
 
@@ -70,6 +72,13 @@ class NetworkFlags:
 
     hidden_dim: int = 256
     """Units in each of the two hidden layers."""
+    activation: Literal["gelu", "relu", "sign", "step", "argmax-k", "int8-round"] = "gelu"
+    """Between the layers. The last four have a gradient of zero: argmax-k is 1 for the largest
+    units and 0 for the rest, int8-round is a gelu with 255 values."""
+    active_units: PresetUnits = None
+    """The k of argmax-k (default: a quarter of the hidden units)."""
+    binary_weights: bool = False
+    """Compute with the signs of the weights, and train the weights behind them."""
     bias: bool = False
     """Add a bias to every layer."""
     init: Literal["he", "orthogonal", "zero-head"] = "he"
@@ -126,6 +135,7 @@ ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
 
 AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population", "groups")
+AT_LEAST_ONE += ("active_units",)
 ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay", "population_growth")
 NOT_NEGATIVE = ("momentum", "weight_decay", "clip_norm", "seed", "chunk_size")
 PART_OF_ONE = ("ema_decay", "average_start", "label_smoothing")
@@ -213,6 +223,11 @@ def check(flags: Mapping[str, Any]) -> None:
     )
     if flags.get("seed", 0) >= 2**32:
         raise UserError(f"--seed {flags['seed']} is too large (type a number below {2**32:,})")
+    if (flags.get("active_units") or 0) > (most := flags.get("hidden_dim", 0)):
+        raise UserError(
+            f"--active-units {flags['active_units']} is more than the {most} hidden units "
+            f"(type {most} or less)"
+        )
     for names, holds, fault, remedy in rules:
         for name in names:
             if flags.get(name) is not None and not holds(flags[name]):

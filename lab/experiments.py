@@ -1,8 +1,11 @@
 """Run all methods over the seeds, then make the table and the plots.
 
-usage: ./run_experiments.sh [--quick] [any flag of the two scripts]
+usage: ./run_experiments.sh [--quick] [--all] [any flag of the two scripts]
 
   --quick       everything in about a minute, to see that it works
+  --all         afterwards also networks without a gradient (activations, binary weights), scores
+                that are no loss, and members of full rank: a quarter of an hour more on
+                a CPU, in the folder any-signal with a table and a figure of its own
   --help        this text
 
 Flags that both scripts have (--epochs, --dataset, --hidden-dim, --device, ...) go to both, the
@@ -27,7 +30,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ from typing import Any
 import torch
 import tyro
 
-from lab import data
+from lab import any_signal, data
 from lab.cli import MARKERS, SharedConfig, read_saved_config, run_script
 from lab.errors import Interrupted, UserError
 from lab.report import read_summary, write_report
@@ -60,17 +63,18 @@ INSTEAD = {  # flags that this command sets for each run, and what to type for t
 
 
 def main() -> None:
-    args = sys.argv[1:]
+    args = [arg for arg in sys.argv[1:] if arg != "--all"]
     if {"-h", "--help"} & set(args):
         print(__doc__)
         return
     for flag, instead in INSTEAD.items():
         if given(flag, args):
             raise UserError(f"{flag} is set here for each run (type {instead})")
-    experiment(args, Path(os.environ.get("RESULTS_DIR", "results/latest")))
+    folder = Path(os.environ.get("RESULTS_DIR", "results/latest"))
+    experiment(args, folder, everything="--all" in sys.argv[1:])
 
 
-def experiment(args: list[str], folder: Path) -> None:
+def experiment(args: list[str], folder: Path, everything: bool) -> None:
     """Every run that is not finished yet, then the report."""
     shared, eggroll_only = split_flags(args)
     common = [*dataset_flags(shared, given("--dataset", args)), "--train-on-all"]
@@ -87,6 +91,36 @@ def experiment(args: list[str], folder: Path) -> None:
     table, paths = write_report(folder)
     print(f"\n{table}")
     print("\n".join(map(str, paths)))
+    if everything:
+        typed = {"backprop": without(args, eggroll_only) + common}
+        experiment_with_any_signal(lambda method: typed.get(method, args + common), seeds, folder)
+
+
+def experiment_with_any_signal(
+    typed: Callable[[str], list[str]], seeds: Sequence[int], folder: Path
+) -> None:
+    """The rows of lab.any_signal that are not finished yet, with these flags for each method."""
+    todo = []
+    for row in any_signal.rows():
+        flags = typed(row.base)
+        flags = [*flags, *row.flags_for(given("--quick", flags))]
+        for seed in seeds:
+            todo.append((row.base, [*flags, "--seed", str(seed)], row.folder(folder, seed)))
+    if any(made_otherwise(*each) for each in todo):
+        move_aside(folder / any_signal.FOLDER)
+    for each in todo:
+        run(*each)
+    table, paths = any_signal.write_report(folder)
+    print(f"\n{table}")
+    print("\n".join(map(str, paths)))
+
+
+def made_otherwise(method: str, typed: Sequence[str], folder: Path) -> bool:
+    """Whether the folder holds a run that another command made."""
+    if not (folder / "config.json").exists():
+        return False
+    own = [*COMMANDS[method][1:], *typed]
+    return read_saved_config(folder)["command"][: len(own)] != own
 
 
 def given(flag: str, args: Sequence[str]) -> bool:
@@ -163,11 +197,15 @@ def move_aside_other_settings(folder: Path, settings: dict[str, dict]) -> None:
         for run_folder in folder.glob(f"{method}/seed*"):
             if not (run_folder / "config.json").exists() or same_settings(run_folder, wanted):
                 continue
-            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            aside = folder.with_name(f"{folder.name}_until_{stamp}")
-            folder.rename(aside)
-            print(f"{folder} held runs made with other flags; they are in {aside} now")
+            move_aside(folder)
             return
+
+
+def move_aside(folder: Path) -> None:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    aside = folder.with_name(f"{folder.name}_until_{stamp}")
+    folder.rename(aside)
+    print(f"{folder} held runs made with other flags; they are in {aside} now")
 
 
 def same_settings(run_folder: Path, wanted: dict[str, Any]) -> bool:

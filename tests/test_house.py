@@ -15,8 +15,17 @@ LAYERS = {  # what each part may import of the others
     "lab": set(),
     "visualizations": {"eggroll", "lab"},
     "benchmarks": {"eggroll", "lab"},
+    "examples": {"eggroll", "lab"},
 }
-PARTS = {"eggroll", "lab", "visualizations", "benchmarks", "mnist_backprop", "mnist_eggroll"}
+PARTS = {
+    "eggroll",
+    "lab",
+    "visualizations",
+    "benchmarks",
+    "examples",
+    "mnist_backprop",
+    "mnist_eggroll",
+}
 
 
 def imported(path):

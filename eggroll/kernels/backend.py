@@ -5,6 +5,7 @@ Letters: P members, N antithetic pairs, B examples, O/I a layer's outputs/inputs
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eggroll.captured import capturing
 from eggroll.fitness import Fitness
@@ -20,7 +21,7 @@ from eggroll.population import Chunk, Population
 class Triton:
     """Noise is drawn inside of the kernels; seed, step and sigma are read from the device.
 
-    The project's MLP goes through one fused kernel; any other network through `linear`.
+    The project's MLP with GELU goes through one fused kernel; any other network through `linear`.
     """
 
     def __init__(self):
@@ -57,7 +58,7 @@ class Triton:
         place = {"key": self.key, "start": chunk.start, "stop": chunk.stop}
         settings = {**place, "rank": population.rank, "sigma": self.sigma}
         inputs = inputs.contiguous()  # a group's part of a batch is strided
-        if type(population.network) is MLP:
+        if type(population.network) is MLP and population.network.activation is F.gelu:
             return forward(population.network, inputs, **settings)
         return self._forward_through_linear(population, len(chunk), inputs, settings)
 

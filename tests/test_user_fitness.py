@@ -1,0 +1,240 @@
+"""A fitness of the user's own: its faults are blamed on its line; the examples do as they say."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, SAMPLE, run_command, run_script
+
+import mnist_eggroll
+from eggroll import Evolution, LayerwiseEvolution, accuracy
+from lab.errors import UserError
+from lab.user_fitness import UserFitness, load, warm_up
+
+FUNCTIONS = """\
+import torch
+
+def hits(logits, labels):
+    return (logits.argmax(-1) == labels).float()
+
+def per_member(logits, labels):
+    return hits(logits, labels).mean(1)
+
+def wrong_shape(logits, labels):
+    return logits
+
+def no_tensor(logits, labels):
+    return [0.0] * len(logits)
+
+def not_finite(logits, labels):
+    return torch.log(-hits(logits, labels))
+
+def raises(logits, labels):
+    return helper(logits)
+
+def helper(logits):
+    raise KeyError("nothing here")
+
+def constant(logits, labels):
+    return torch.ones(logits.shape[:2])
+
+def counts(logits, labels):
+    return (logits.argmax(-1) == labels).sum(1)
+
+five = 5
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def try_out(file, name, by_example=False):
+    UserFitness(file, name).try_out(8, by_example)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        ("wrong_shape", "def wrong_shape", r"shape \(4, 8, 10\).*return shape \(4, 8\) or \(4,\)"),
+        ("no_tensor", "def no_tensor", "returned a list"),
+        ("not_finite", "def not_finite", "4 of 4 members that are not finite"),
+        ("raises", 'in helper: `raise KeyError("nothing here")`', "KeyError"),
+    ],
+)
+def test_what_a_function_does_wrong_is_blamed_on_its_own_line(file, name, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        try_out(file, name)
+    number = FUNCTIONS.split(line)[0].count("\n") + 1 if line.startswith("def") else 22
+    assert f"{file}:{number}, in " in str(caught.value) and line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_per_example_credit_asks_for_a_score_of_each_example(file):
+    try_out(file, "hits", by_example=True)
+    try_out(file, "per_member")
+    with pytest.raises(UserError, match="add --estimator population"):
+        try_out(file, "per_member", by_example=True)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("{file}:five", "has no function five \\(there is hits, per_member"),
+        ("{file}", "own.py is a file without a function"),
+        ("{file}:", "names no file or no function"),
+        ("nowhere.py:f", "there is no file nowhere.py"),
+        ("acuracy", "--fitness acuracy is not known"),
+    ],
+)
+def test_a_flag_that_names_no_function_says_what_to_type(file, flag, message):
+    with pytest.raises(UserError, match=message):
+        load(flag.format(file=file))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def f(x, y):\n    return (x\n", "own.py:2: `return \\(x`: SyntaxError"),
+        ("import nowhere_to_be_found\n", "own.py:1, in <module>.*ModuleNotFoundError"),
+        ("raise SystemExit(3)\n", "SystemExit: 3"),
+    ],
+)
+def test_a_file_that_does_not_run_is_blamed_on_its_own_line(file, text, message):
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        UserFitness(file, "f")
+
+
+def test_members_that_tie_in_every_population_are_a_constant_fitness(file, small_network, batch):
+    def estimate_with(name):
+        fitness = UserFitness(file, name)
+        evolution = Evolution(small_network, fitness, population=8, sigma=0.5)
+        warm_up(fitness, lambda: evolution.estimate(*batch))
+        return evolution.step
+
+    assert estimate_with("hits") <= 3  # populations drawn: most often one, more where all tie
+    with pytest.raises(UserError, match=r"own.py:24, in constant.*is constant"):
+        estimate_with("constant")
+
+
+def gradients(network, kind, fitness, batch, **options):
+    kind(network, fitness, **options).estimate(*batch)
+    return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Evolution, {"population": 48, "shaping": "none"}),
+        (Evolution, {"population": 48, "shaping": "none", "groups": 3}),
+        (LayerwiseEvolution, {"population": 60, "credit": "member"}),
+        (LayerwiseEvolution, {"population": 60, "credit": "member", "groups": 4}),
+    ],
+)
+def test_a_score_of_the_whole_batch_is_asked_for_each_group(
+    file, small_network, batch, kind, options
+):
+    """As many hits in the same examples: the mean over a group is what the group is asked for."""
+    found = [
+        gradients(small_network, kind, fitness, batch, sigma=0.5, **options)
+        for fitness in (accuracy, UserFitness(file, "per_member"))
+    ]
+    torch.testing.assert_close(*found)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("kind", [Evolution, LayerwiseEvolution])
+def test_compiled_members_are_scored_by_a_function_that_no_compiler_could_follow(
+    kind, small_network, batch, monkeypatch
+):
+    """What is followed, and so what cannot be, is decided before any code is made: none is here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+    def asks_a_program(logits, labels):
+        answers = str(logits.argmax(-1).tolist())
+        said = subprocess.run(["cat"], input=answers, capture_output=True, text=True).stdout
+        return (torch.tensor(json.loads(said)) == labels).float()
+
+    options = {"population": 48, "sigma": 0.5}
+    found = [
+        gradients(small_network, kind, asks_a_program, batch, backend=backend, **options)
+        for backend in ("eager", "compile")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_the_script_ends_with_one_line_before_anything_is_written(file, tmp_path):
+    flags = (*SAMPLE, "--fitness", f"{file}:raises", "--out-dir", tmp_path / "run")
+    done = run_script("mnist_eggroll.py", *flags)
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert f"error: {file}:22, in helper: `raise" in done.stderr
+
+
+# ---- examples/ ----
+
+
+def command_in(example):
+    """What the example's header says to type."""
+    text = (ROOT / "examples" / example).read_text().replace("\\\n    ", "")
+    return re.search(r"^python (.*?)(?:   .*)?$", text, re.M)[1].split()
+
+
+@pytest.mark.parametrize("example", ["macro_f1.py", "costly_confusion.py", "external_program.py"])
+def test_an_example_fitness_trains_by_its_headers_command(example, tmp_path, monkeypatch):
+    small = (
+        *SAMPLE,
+        "--population",
+        "64",
+        "--epochs",
+        "2",
+        "--hidden-dim",
+        "32",
+    )  # later flags win
+    script, *flags = command_in(example)
+    assert script == "mnist_eggroll.py"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [script, *flags, *small, "--out-dir", str(tmp_path)])
+    mnist_eggroll.main()
+    assert json.loads((tmp_path / "config.json").read_text())["flags"]["population"] == 64
+    assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] > 0.25
+
+
+def test_macro_f1_is_the_mean_of_the_classes_f1():
+    macro_f1 = load(str(ROOT / "examples" / "macro_f1.py") + ":macro_f1")
+    labels = torch.tensor([0, 0, 0, 1])
+    logits = torch.eye(3)[torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1]])]
+    # class 0: 2 of 2 and 2 of 3; class 1: 1 of 2 and 1 of 1; class 2 is never mentioned
+    expected = torch.tensor([(4 / 5 + 2 / 3) / 3, (6 / 7) / 3, 2 / 3])
+    torch.testing.assert_close(macro_f1(logits, labels), expected)
+
+
+def test_a_4_for_a_9_costs_as_much_as_five_other_mistakes():
+    minus_cost = load(str(ROOT / "examples" / "costly_confusion.py") + ":minus_cost")
+    logits = torch.eye(10)[torch.tensor([[4, 9, 3, 4]])]
+    assert minus_cost(logits, torch.tensor([9, 4, 3, 1])).tolist() == [[-5, -1, 0, -1]]
+
+
+def test_the_program_outside_gives_each_member_its_score_whatever_their_number():
+    verdict = load(str(ROOT / "examples" / "external_program.py") + ":verdict")
+    labels = torch.randint(0, 10, (30,))
+    for members in (1, 3, 600):
+        logits = torch.randn(members, 30, 10)
+        expected = accuracy(logits, labels).mean(1)
+        torch.testing.assert_close(verdict(logits, labels), expected, rtol=0, atol=1e-4)
+
+
+def test_the_example_network_is_short_and_learns_through_its_own_module():
+    lines = (ROOT / "examples" / "own_network.py").read_text().splitlines()
+    assert len(lines) < 40
+    done = run_command(sys.executable, *command_in("own_network.py"))
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1]) > 80
