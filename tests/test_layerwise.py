@@ -44,6 +44,8 @@ def true_gradient(network, inputs, labels):
 
 
 def mean_estimate(network, inputs, labels, *, draws, **options):
+    # larger chunks than on a CPU by default: so small a network is all calls
+    options = {"chunk_size": 512} | options
     evolution = LayerwiseEvolution(network, cross_entropy(), **options)
     total = 0
     for _ in range(draws):
