@@ -77,8 +77,9 @@ FITNESSES = {
     "external program": "examples/external_program.py:verdict",
 }
 BY_EXAMPLE = ("accuracy", "costly confusion")
-# Scores that are counts: members must change an answer before they are told apart
-HITS = ("--difference=central", "--sigma=0.02", "--optimizer=adam", "--lr=0.001")
+# Scores that are counts: members must change an answer before they are told apart, and from a head
+# of zeros every class is answered at the start: one that no member answers is never credited
+HITS = ("--init=zero-head", "--noise=gaussian", "--sigma=0.02", "--optimizer=adam", "--lr=0.001")
 ONE_SCORE = ("--population=256", "--sigma=0.05", "--lr=0.01", "--epochs=1")
 
 
