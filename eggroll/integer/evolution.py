@@ -84,7 +84,7 @@ class IntegerEvolution:
         self.seed, self.step = seed, 0
         self.device = network.layers[0].weight.device
         self.chunk = chunk_size or (CPU_CHUNK if self.device.type == "cpu" else ACCELERATOR_CHUNK)
-        self.saturated = torch.zeros((), dtype=torch.int64)  # share of activations, in millionths
+        self.hidden: list[Tensor] = []  # activations of the last batch, for the log
         fused = FirstShape if backend == "compile" else lambda function: function
         # of each layer: FirstShape compiles for one shape
         self.score = [fused(scores_of_members) for _ in network.layers]
@@ -120,19 +120,20 @@ class IntegerEvolution:
                 index, scores - baseline, drawn, read[index], group
             )
         self.step += 1
-        hidden = read[1:]
-        full = sum((x == MOST).sum() for x in hidden)
-        self.saturated = full * 1_000_000 // sum(x.numel() for x in hidden)
+        self.hidden = read[1:]
         return baseline.sum(dtype=torch.int64)
+
+    def saturated_activations(self) -> float:
+        """Fraction of the unperturbed network's activations on the last batch that are 127."""
+        full = sum((x == MOST).sum().item() for x in self.hidden)
+        return round(full / sum(x.numel() for x in self.hidden), 6)
 
     def draw(self, index: int, count: int, rows: Tensor) -> Drawn:
         """The perturbations of layer `index` at this step, and what they do to rows (B, I)."""
         weight = self.network.layers[index].weight
         generator = torch.Generator(self.device)
         generator.manual_seed(generator_seed(self.seed, self.step, index, 0))
-        a = draw_integer_directions(
-            self.noise, self.groups, count, len(weight), weight, generator
-        )
+        a = draw_integer_directions(self.noise, self.groups, count, len(weight), weight, generator)
         b = random_signs((count, weight.shape[1]), weight, generator)
         return Drawn(a, b, int_matmul(b, rows.t().contiguous()))
 
