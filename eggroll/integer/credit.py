@@ -45,12 +45,13 @@ def votes_of_members(
     b: Tensor,  # (M, I) int8
     group: Tensor,  # (B,)
 ) -> Tensor:
-    """Sum over groups and members of sign(f_gm) A_gm B_m^T, (O, I) int32: the paper's votes.
+    """The paper's votes as an estimate (O, I): the mean over members of sign(f) A B^T.
 
-    f_gm is one score per member: the mean of its fitness over all that its group sees, less that
-    of the unperturbed network.
+    f is one score per member: the sum of its fitness over all that its group sees, less that of
+    the unperturbed network. Scaled as if the votes were a gradient of the mean over the batch.
     """
     scores = difference.new_zeros(len(difference), len(a), dtype=torch.int64)
     scores.index_add_(1, group, difference.long())
     ballots = (scores.sign().t().unsqueeze(-1) * a).sum(0)  # (M, O), at most G in size
-    return int_matmul(ballots.clamp(-MOST, MOST).to(torch.int8).t().contiguous(), b)
+    votes = int_matmul(ballots.clamp(-MOST, MOST).to(torch.int8).t().contiguous(), b)
+    return rounded_division(votes.long() * (len(group) * ONE << CREDIT), scores.numel()).int()
