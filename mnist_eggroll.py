@@ -88,7 +88,8 @@ PAPER_ONLY |= {"estimator": "population", "share_a": False}
 INT8_ONLY = {"bias": False, "rank": 1, "share_a": False, "layers_per_member": "one"}
 INT8_ONLY |= {"sampling": "rademacher", "perturbation": "low-rank", "difference": "forward"}
 INT8_ONLY |= {"optimizer": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "winsorize": 0.0}
-INT8_ONLY |= {"preset": "auto", "average_weights": "none", "sigma_decay": 1.0, "population_growth": 1.0}
+INT8_ONLY |= {"average_weights": "none", "sigma_decay": 1.0, "population_growth": 1.0}
+INT8_ONLY |= {"preset": "auto"}
 LAYERS = 3  # of the network
 QUICK, SAMPLE = "-quick", "-sample"  # endings of presets
 

@@ -2,11 +2,13 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
 from conftest import SAMPLE, run_script
 from safetensors.torch import load_file
+from test_scripts import EGGROLL, read_csv, start, wait_for
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -329,7 +331,7 @@ def test_images_are_quantised_once_and_exactly():
 @pytest.mark.parametrize("estimator", ["per-example", "population"])
 def test_an_int8_run_trains_exports_a_quarter_and_is_evaluated_again(estimator, tmp_path):
     out = tmp_path / "run"
-    done = run_script("mnist_eggroll.py", *INT8, "--estimator", estimator, "--out-dir", out)
+    done = run_script(EGGROLL, *INT8, "--estimator", estimator, "--out-dir", out)
     assert done.returncode == 0, done.stderr
     assert f"preset {estimator}-int8" in done.stdout
     summary = json.loads((out / "summary.json").read_text())
@@ -345,3 +347,28 @@ def test_an_int8_run_trains_exports_a_quarter_and_is_evaluated_again(estimator, 
     assert 0 <= float(row["saturated_activations"]) < 1
     again = run_script("evaluate.py", out)
     assert f"test accuracy {summary['test_accuracy']:.2%}" in again.stdout, again.stderr
+
+
+def test_ctrl_c_and_resumption_give_the_bits_of_an_uninterrupted_run_in_int8(tmp_path):
+    flags = [*INT8, "--epochs", "12", "--update", "error-feedback"]
+    process = start(EGGROLL, tmp_path / "stopped", *flags)
+    metrics = tmp_path / "stopped" / "metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = run_script(EGGROLL, "--resume", "--out-dir", tmp_path / "stopped")
+    assert done.returncode == 0, done.stderr
+    assert run_script(EGGROLL, *flags, "--out-dir", tmp_path / "whole").returncode == 0
+    whole, resumed = (load_file(tmp_path / r / "model.safetensors") for r in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    states = [
+        torch.load(tmp_path / run / "checkpoint.pt", weights_only=True)["optimizer"]["state"]
+        for run in ("whole", "stopped")
+    ]
+    for own, other in zip(states[0].values(), states[1].values(), strict=True):
+        assert own["residual"].dtype == torch.int32 and own["residual"].any()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    tables = [read_csv(tmp_path / run / "metrics.csv") for run in ("whole", "stopped")]
+    for rows in zip(*tables, strict=True):
+        assert rows[0]["weights_moved"] == rows[1]["weights_moved"]
