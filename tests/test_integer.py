@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mnist_eggroll
 from eggroll import MLP, PopulationError
 from eggroll.integer import (
     IntegerEvolution,
@@ -33,7 +34,7 @@ from eggroll.integer.evolution import Drawn, shift_of
 from eggroll.integer.network import FINE, ONE, activation
 from eggroll.integer.noise import draw_integer_directions
 from eggroll.integer.update import RESIDUAL, elected, whole_part
-from lab import data
+from lab import cli, data
 
 INT8 = (*SAMPLE, "--dtype", "int8", "--hidden-dim", "32", "--population", "96", "--epochs", "2")
 
@@ -349,6 +350,27 @@ def test_what_integers_cannot_do_is_said():
 
 
 # ---- the script ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dtype int8 --bias", "--bias is not for --dtype int8 .leave it out"),
+        ("--dtype int8 --optimizer adam", "--optimizer sgd"),
+        ("--dtype int8 --preset tools", "--preset auto"),
+        ("--dtype int8 --sigma 0.004", r"try 0\.00390625"),
+        ("--dtype int8 --sampling whitened", "--sampling rademacher"),
+        ("--dtype int8 --temperature 1.5", "no power of two"),
+        ("--dtype int8 --shaping z-score", "--shaping none"),
+        ("--dtype int8 --update votes --lr 1", "fraction of weights"),
+        ("--update votes", "add --dtype int8"),
+        ("--sampling rademacher", "'rademacher' is not known"),
+    ],
+)
+def test_flags_that_integers_do_not_know_are_refused(flags, message):
+    config = cli.parse(mnist_eggroll.Config, "", flags.split())
+    with pytest.raises(PopulationError, match=message):
+        mnist_eggroll.resolve(config, torch.device("cpu"))
 
 
 def test_images_are_quantised_once_and_exactly():
