@@ -276,12 +276,16 @@ def announcement(config: Config, device: torch.device) -> str:
             "per-example credit: backprop's accuracy with few members, from the examples' own "
             "fitness\n(the paper's estimator: python mnist_eggroll.py --estimator population)"
         )
+    elif config.evolution.dtype == "int8":
+        why = "the paper's estimator: one vote per member"
     else:
         others = " or ".join(p for p in ("gpu", "cpu", "tools") if f"-{p}" not in name)
         why = (
             "the paper's estimator: one score per member "
             f"(other presets: python mnist_eggroll.py --estimator population --preset {others})"
         )
+    if config.evolution.dtype == "int8":
+        why += f"\nint8 weights, activations and noise; update by {config.evolution.update}"
     return f"{why}\npreset {name} ({values})"
 
 
