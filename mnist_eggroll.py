@@ -58,7 +58,7 @@ PRESETS = {
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
     "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-tools": TOOLS | {"population": 4608, "lr": 0.02, "epochs": 10},
+    "population-tools": TOOLS | {"population": 4608, "lr": 0.1, "epochs": 10},
     "population-tools-quick": TOOLS | {"population": 768, "lr": 0.01, "epochs": 1},
 }
 # Integers: a sigma of 2^-8 moves an activation by one or two of its 127 steps. The paper's
@@ -70,8 +70,8 @@ INT8_VOTES = INT8 | {"shaping": "sign", "update": "votes", "noise": "rademacher"
 PRESETS |= {
     "per-example-int8": INT8 | {"population": 2304, "lr": 0.04, "epochs": 10},
     "per-example-int8-quick": INT8 | {"population": 768, "lr": 0.02, "epochs": 1},
-    "population-int8": INT8_VOTES | {"population": 4608, "lr": 0.02, "epochs": 10},
-    "population-int8-quick": INT8_VOTES | {"population": 768, "lr": 0.02, "epochs": 1},
+    "population-int8": INT8_VOTES | {"population": 4608, "lr": 0.1, "epochs": 10},
+    "population-int8-quick": INT8_VOTES | {"population": 768, "lr": 0.1, "epochs": 1},
 }
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
 PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}
@@ -89,7 +89,7 @@ INT8_ONLY = {"bias": False, "rank": 1, "share_a": False, "layers_per_member": "o
 INT8_ONLY |= {"sampling": "rademacher", "perturbation": "low-rank", "difference": "forward"}
 INT8_ONLY |= {"optimizer": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "winsorize": 0.0}
 INT8_ONLY |= {"average_weights": "none", "sigma_decay": 1.0, "population_growth": 1.0}
-INT8_ONLY |= {"preset": "auto"}
+INT8_ONLY |= {"preset": "auto", "activation": "gelu", "binary_weights": False}
 LAYERS = 3  # of the network
 QUICK, SAMPLE = "-quick", "-sample"  # endings of presets
 
@@ -218,6 +218,11 @@ def check_integers(config: Config) -> None:
             only = INT8_ONLY[name]
             instead = f"--{name.replace('_', '-')} {only}" if only else "leave it out"
             raise PopulationError(f"{cli.flag(name, value)} is not for --dtype int8 ({instead})")
+    if config.evolution.fitness not in ("cross-entropy", "accuracy"):
+        raise PopulationError(
+            f"--fitness {config.evolution.fitness} is not for --dtype int8 (type cross-entropy or "
+            "accuracy)"
+        )
     shaping = {"per-example": "none", "population": "sign"}[config.evolution.estimator]
     if config.evolution.shaping != shaping:
         raise PopulationError(
