@@ -47,7 +47,7 @@ COLUMNS += ("device", "torch", "commit")
 class Config:
     """Time of a population's forward and step in int8 and in float32."""
 
-    populations: tuple[int, ...] = (768, 2_304, 9_216)
+    populations: tuple[int, ...] = (768, 2_304, 8_448)
     """Members per step."""
     backend: Literal["auto", "eager", "compile"] = "compile"
     """Of both."""
@@ -73,7 +73,7 @@ class Float32:
             population=population,
             groups=GROUPS,
             sigma=SIGMA,
-            noise="rademacher",
+            noise="orthogonal",
             backend=backend,
             chunk_size=CHUNK,
         )
@@ -120,7 +120,7 @@ class Int8:
             population=population,
             groups=GROUPS,
             sigma=SIGMA,
-            noise="rademacher",
+            noise="orthogonal",
             backend=backend,
             chunk_size=CHUNK,
         )
