@@ -39,7 +39,9 @@ def load_network(folder: Path) -> nn.Module:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error})") from error
     flags = cli.read_saved_config(folder)["flags"]
-    network: nn.Module = MLP(hidden_dim=flags["hidden_dim"], bias=flags["bias"])
+    # a run may be older than a flag
+    shape = ("hidden_dim", "activation", "active_units", "binary_weights", "bias")
+    network: nn.Module = MLP(**{name: flags[name] for name in shape if name in flags})
     if weights["layers.0.weight"].dtype == torch.int8:
         network = IntegerMLP(network)
     network.load_state_dict(weights)
