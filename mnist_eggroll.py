@@ -24,6 +24,14 @@ from eggroll import (
 from eggroll.backends import choose_backend
 from eggroll.evolution import CAPTURABLE
 from eggroll.fitness import Fitness
+from eggroll.integer import (
+    ONE,
+    IntegerEvolution,
+    IntegerMLP,
+    IntegerOptimizer,
+    integer_accuracy,
+    integer_log_likelihood,
+)
 from eggroll.memory import keep_freed_memory
 from eggroll.population import check_population
 from eggroll.sharing import usual_groups
@@ -50,8 +58,20 @@ PRESETS = {
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
     "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-tools": TOOLS | {"population": 4608, "lr": 0.02, "epochs": 10},
+    "population-tools": TOOLS | {"population": 4608, "lr": 0.1, "epochs": 10},
     "population-tools-quick": TOOLS | {"population": 768, "lr": 0.01, "epochs": 1},
+}
+# Integers: a sigma of 2^-8 moves an activation by one or two of its 127 steps. The paper's
+# estimator votes, and its lr is the fraction of the weights that moves.
+INT8 = {"layers_per_member": "one", "sampling": "rademacher", "noise": "orthogonal"}
+INT8 |= {"difference": "forward", "shaping": "none", "sigma": 2**-8, "temperature": 1.0}
+INT8 |= {"label_smoothing": 0.1, "update": "error-feedback"}
+INT8_VOTES = INT8 | {"shaping": "sign", "update": "votes", "noise": "rademacher", "groups": 16}
+PRESETS |= {
+    "per-example-int8": INT8 | {"population": 2304, "lr": 0.04, "epochs": 10},
+    "per-example-int8-quick": INT8 | {"population": 768, "lr": 0.02, "epochs": 1},
+    "population-int8": INT8_VOTES | {"population": 4608, "lr": 0.1, "epochs": 10},
+    "population-int8-quick": INT8_VOTES | {"population": 768, "lr": 0.1, "epochs": 1},
 }
 PRESETS["population-gpu-quick"] = PRESETS["population-cpu-quick"]
 PRESETS |= {f"{name}-sample": p | {"epochs": 30} for name, p in PRESETS.items()}
@@ -64,6 +84,12 @@ SHOWN = ("population", "epochs", "lr", "sigma")
 # What members that perturb all layers come with
 PAPER_ONLY = {k: PAPER[k] for k in ("noise", "sampling", "difference")}
 PAPER_ONLY |= {"estimator": "population", "share_a": False}
+# What integers do without: --dtype int8 refuses any other value
+INT8_ONLY = {"bias": False, "rank": 1, "share_a": False, "layers_per_member": "one"}
+INT8_ONLY |= {"sampling": "rademacher", "perturbation": "low-rank", "difference": "forward"}
+INT8_ONLY |= {"optimizer": "sgd", "weight_decay": 0.0, "clip_norm": 0.0, "winsorize": 0.0}
+INT8_ONLY |= {"average_weights": "none", "sigma_decay": 1.0, "population_growth": 1.0}
+INT8_ONLY |= {"preset": "auto", "activation": "gelu", "binary_weights": False}
 LAYERS = 3  # of the network
 QUICK, SAMPLE = "-quick", "-sample"  # endings of presets
 
@@ -91,9 +117,11 @@ class EvolutionFlags:
     """Rank of each member's perturbation of a weight matrix A^T B."""
     noise: Annotated[Literal["gaussian", "rademacher", "orthogonal"] | None, PresetName] = None
     """How A is drawn: gaussian, rademacher (signs) or orthogonal (signs, orthogonal members)."""
-    sampling: Annotated[Literal["gaussian", "batch-subspace", "whitened"] | None, PresetName] = None
+    sampling: Annotated[
+        Literal["gaussian", "batch-subspace", "whitened", "rademacher"] | None, PresetName
+    ] = None
     """How B is drawn: gaussian, batch-subspace (gaussian in the span of what the layer reads) or
-    whitened (there, with constant effect on every example)."""
+    whitened (there, with constant effect on every example). rademacher (signs) is for int8."""
     perturbation: Literal["low-rank", "full-rank", "activations"] = "low-rank"
     """low-rank is EGGROLL. For comparison: full-rank, a dense Gaussian for every layer of every
     member, as naive evolution strategies have it; activations, signs on the layer's outputs."""
@@ -119,9 +147,13 @@ class EvolutionFlags:
     """Share of the scores at either end that is pulled in to the share's edge."""
     backend: Literal["auto", "eager", "compile", "triton"] = "auto"
     """auto: triton on a CUDA GPU; on a CPU compile where the run is long enough to earn it back."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """Of the forward of members that perturb all layers; the weights stay float32. auto: bfloat16
-    on a CUDA GPU, float32 on a CPU, of which only some are faster with less."""
+    on a CUDA GPU, float32 on a CPU, of which only some are faster with less. int8: weights,
+    activations, noise and update are integers (eggroll/integer)."""
+    update: Annotated[Literal["error-feedback", "votes"] | None, PresetName] = None
+    """How int8 weights move. error-feedback: what a step does not use is kept, and --lr is SGD's.
+    votes: by +-1 where the estimate is largest; --lr is the fraction of weights that moves."""
     chunk_size: int = 0
     """Members evaluated at once; changes memory and speed, never a result (0: the device's own)."""
 
@@ -146,6 +178,11 @@ def resolve(config: Config, device: torch.device) -> Config:
         config = dataclasses.replace(config, evolution=flags)
     check_members(flags)
     check_population(flags.population, flags.rank, flags.sigma, flags.groups)
+    if flags.dtype == "int8":
+        check_integers(config)
+        return config
+    if flags.update:
+        raise PopulationError(f"--update {flags.update} is for integers (add --dtype int8)")
     if flags.layers_per_member == "one":
         make_evolution(config, MLP(hidden_dim=config.network.hidden_dim), accuracy, "eager")
     fitness = make_fitness(config)
@@ -174,9 +211,32 @@ def check_members(flags: EvolutionFlags) -> None:
         )
 
 
+def check_integers(config: Config) -> None:
+    """Raises PopulationError for what --dtype int8 does not know."""
+    for name, value in cli.flat(config).items():
+        if name in INT8_ONLY and value != INT8_ONLY[name]:
+            only = INT8_ONLY[name]
+            instead = f"--{name.replace('_', '-')} {only}" if only else "leave it out"
+            raise PopulationError(f"{cli.flag(name, value)} is not for --dtype int8 ({instead})")
+    if config.evolution.fitness not in ("cross-entropy", "accuracy"):
+        raise PopulationError(
+            f"--fitness {config.evolution.fitness} is not for --dtype int8 (type cross-entropy or "
+            "accuracy)"
+        )
+    shaping = {"per-example": "none", "population": "sign"}[config.evolution.estimator]
+    if config.evolution.shaping != shaping:
+        raise PopulationError(
+            f"--shaping {config.evolution.shaping} is not for --dtype int8 with this estimator "
+            f"(--shaping {shaping})"
+        )
+    make_integers(config, torch.device("cpu"), "eager")
+
+
 def preset_name(config: Config, device: torch.device) -> str:
     flags, name = config.evolution, config.evolution.estimator
-    if flags.estimator == "population":
+    if flags.dtype == "int8":
+        name += "-int8"
+    elif flags.estimator == "population":
         own = "cpu" if device.type == "cpu" else "gpu"
         name += "-" + (own if flags.preset == "auto" else flags.preset)
     if config.run.quick:
@@ -195,6 +255,10 @@ def preset_values(config: Config, device: torch.device) -> dict[str, int | float
 def method_name(config: Config) -> str:
     """What a run is called in the results."""
     flags = config.evolution
+    if flags.dtype == "int8":
+        return {"per-example": "eggroll-per-example-int8", "population": "eggroll-int8"}[
+            flags.estimator
+        ]
     if flags.estimator == "per-example":
         return "eggroll-per-example"
     if flags.perturbation == "full-rank":
@@ -217,12 +281,16 @@ def announcement(config: Config, device: torch.device) -> str:
             "per-example credit: backprop's accuracy with few members, from the examples' own "
             "fitness\n(the paper's estimator: python mnist_eggroll.py --estimator population)"
         )
+    elif config.evolution.dtype == "int8":
+        why = "the paper's estimator: one vote per member"
     else:
         others = " or ".join(p for p in ("gpu", "cpu", "tools") if f"-{p}" not in name)
         why = (
             "the paper's estimator: one score per member "
             f"(other presets: python mnist_eggroll.py --estimator population --preset {others})"
         )
+    if config.evolution.dtype == "int8":
+        why += f"\nint8 weights, activations and noise; update by {config.evolution.update}"
     return f"{why}\npreset {name} ({values})"
 
 
@@ -280,6 +348,34 @@ def make_evolution(
     )
 
 
+def make_integers(
+    config: Config, device: torch.device, backend: str
+) -> tuple[IntegerMLP, IntegerEvolution, IntegerOptimizer]:
+    """Network, trainer and optimizer in int8. Raises PopulationError for what they do not know."""
+    flags, training = config.evolution, config.training
+    own = config.network
+    network = MLP(hidden_dim=own.hidden_dim, init=own.init, seed=config.run.seed)
+    network = IntegerMLP(network).to(device)
+    try:
+        fitness = integer_log_likelihood(flags.temperature, training.label_smoothing, device)
+        optimizer = IntegerOptimizer(network, training.lr, training.momentum, flags.update)
+    except ValueError as error:
+        raise PopulationError(str(error)) from error
+    evolution = IntegerEvolution(
+        network,
+        integer_accuracy if flags.fitness == "accuracy" else fitness,
+        population=flags.population,
+        credit="example" if flags.estimator == "per-example" else "member",
+        sigma=flags.sigma,
+        noise=flags.noise,
+        groups=flags.groups,
+        seed=config.run.seed,
+        chunk_size=flags.chunk_size,
+        backend=backend,
+    )
+    return network, evolution, optimizer
+
+
 def grown(flags: EvolutionFlags, progress: float) -> int:
     """The population at `progress` (0 to 1) of the run, in whole pairs of every group."""
     whole = 2 * flags.groups
@@ -332,6 +428,47 @@ def train(config: Config, device: torch.device) -> None:
             training.record(fitness=fitness, sigma=evolution.sigma)
 
 
+def train_integers(config: Config, device: torch.device) -> None:
+    """The same in int8: between a batch and the weights there is no floating number."""
+    digits = data.quantised(data.load_for(config.data, device), ONE)
+    flags = config.evolution
+    passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
+    backend = choose_backend(flags.backend, device, passes, layerwise=True)
+    network, evolution, optimizer = make_integers(config, device, backend)
+    keep_freed_memory()
+
+    members = Members(flags.population, flags.groups, backend=backend)
+    with Training(
+        method_name(config), config, digits, network, optimizer, device, members
+    ) as training:
+        with training.warm_up() as (images, labels):
+            evolution.estimate(images, labels)
+        evolution.step = training.step  # keys the noise: the warm-up's is drawn again
+        for images, labels in training.batches():
+            if training.step % training.steps_per_epoch == 0:
+                optimizer.count_anew()
+            total = evolution.estimate(images, labels)
+            optimizer.step(len(labels))
+            training.record(
+                total * network.nats_per_logit / len(labels),
+                **saturation(training, evolution, optimizer),
+            )
+
+
+def saturation(
+    training: Training, evolution: IntegerEvolution, optimizer: IntegerOptimizer
+) -> dict[str, float]:
+    """At the end of an epoch, fractions for its row: of the activations of the last batch and the
+    weights that are at the end of int8, and of the weights that moved in a step, on average."""
+    if (training.step + 1) % training.steps_per_epoch:
+        return {}
+    return {
+        "saturated_activations": evolution.saturated_activations(),
+        "saturated_weights": round(optimizer.saturated_weights(), 6),
+        "weights_moved": round(optimizer.weights_moved(), 6),
+    }
+
+
 def main() -> None:
     config = cli.parse(
         Config, cli.describe(__doc__, {n: shown(p) for n, p in PRESETS.items() if SAMPLE not in n})
@@ -343,7 +480,7 @@ def main() -> None:
         return
     if not config.run.quiet:
         print(announcement(config, device), flush=True)
-    train(config, device)
+    (train_integers if config.evolution.dtype == "int8" else train)(config, device)
 
 
 if __name__ == "__main__":

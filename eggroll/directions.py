@@ -36,7 +36,7 @@ def draw_directions(
         rows = members * rank
         sets = [
             _orthogonal_rows(groups, min(rows - start, full), outputs, like, generator)
-            for full in [_order(outputs)]
+            for full in [order_of(outputs)]
             for start in range(0, rows, full)
         ]
         return torch.cat(sets, dim=1).view(shape)
@@ -51,7 +51,7 @@ def random_signs(shape: tuple[int, ...], like: Tensor, generator: torch.Generato
 
 def most_members(kind: str, rank: int, outputs: int) -> int | None:
     """Members of one layer beyond which its estimate gains nothing; None where it always does."""
-    return -(-_order(outputs) // rank) if kind == "orthogonal" else None
+    return -(-order_of(outputs) // rank) if kind == "orthogonal" else None
 
 
 def _orthogonal_rows(
@@ -62,19 +62,19 @@ def _orthogonal_rows(
     (G, rows, O). Where O is no power of two the columns are cut off: the rows are then not quite
     orthogonal, the mean of a.T @ a is still the identity, and the full set of rows still gives it.
     """
-    matrix = _hadamard(_order(outputs)).to(like)[:, :outputs]
+    matrix = hadamard(order_of(outputs)).to(like)[:, :outputs]
     keys = torch.rand(groups, len(matrix), generator=generator, device=like.device)
     chosen = matrix[keys.argsort(dim=1)[:, :rows]]
     return chosen * random_signs((groups, 1, outputs), like, generator)
 
 
-def _order(outputs: int) -> int:
+def order_of(outputs: int) -> int:
     """The smallest power of two that is at least `outputs`."""
     return 1 << max(0, outputs - 1).bit_length()
 
 
 @lru_cache(maxsize=8)
-def _hadamard(order: int) -> Tensor:
+def hadamard(order: int) -> Tensor:
     """Sylvester's construction: (order, order) of signs, with orthogonal rows."""
     matrix = torch.ones(1, 1)
     while len(matrix) < order:

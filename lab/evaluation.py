@@ -29,6 +29,8 @@ def measure(network: nn.Module, data: Dataset, split: Split) -> tuple[float, flo
     for start in range(0, len(split), BATCH):
         part = split[slice(start, start + BATCH)]
         logits = network(data.scale(part.images))
+        if not logits.is_floating_point():  # an integer network says what its units are worth
+            logits = logits * network.nats_per_logit
         correct += (logits.argmax(-1) == part.labels).sum().item()
         nats += F.cross_entropy(logits, part.labels, reduction="sum").item()
     return round(correct / len(split), 6), round(nats / len(split), 6)

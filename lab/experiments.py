@@ -12,11 +12,11 @@ Flags that both scripts have (--epochs, --dataset, --hidden-dim, --device, ...) 
 others to mnist_eggroll.py alone. For what they mean: python mnist_eggroll.py --help
 Methods: backprop; eggroll-per-example, EGGROLL with per-example credit; eggroll, the paper's
 estimator in the few minutes that it gets on a CPU; eggroll-tools, the same with what makes one
-score per member go further.
+score per member go further; eggroll-per-example-int8 and eggroll-int8, both in integers alone.
 
 Environment:
   SEEDS         which seeds to run (default: "0 1 2" on a GPU, "0" on a CPU)
-  METHODS       which methods to run (default: all but eggroll-tools)
+  METHODS       which methods to run (default: backprop, eggroll-per-example, eggroll)
   MNIST_DIR     folder that holds MNIST/raw (default: data, downloaded if need be)
   RESULTS_DIR   where everything is written (default: results/latest)
 
@@ -47,8 +47,10 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "backprop": ["mnist_backprop.py"],
     "eggroll-per-example": ["mnist_eggroll.py", "--estimator", "per-example"],
+    "eggroll-per-example-int8": ["mnist_eggroll.py", "--dtype", "int8"],
     "eggroll-tools": ["mnist_eggroll.py", "--estimator", "population", "--preset", "tools"],
     "eggroll": ["mnist_eggroll.py", "--estimator", "population"],
+    "eggroll-int8": ["mnist_eggroll.py", "--estimator", "population", "--dtype", "int8"],
 }
 USUAL = ("backprop", "eggroll-per-example", "eggroll")
 INSTEAD = {  # flags that this command sets for each run, and what to type for them

@@ -20,14 +20,18 @@ from lab.runlog import write_atomically
 NAMES = {
     "backprop": "backprop",
     "eggroll-per-example": "EGGROLL, per-example credit",
+    "eggroll-per-example-int8": "EGGROLL, per-example credit, int8",
     "eggroll-tools": "EGGROLL, paper's estimator, with tools",
     "eggroll": "EGGROLL, paper's estimator",
+    "eggroll-int8": "EGGROLL, paper's estimator, int8",
 }
 COLOURS = {
     "backprop": "#2f6db3",
     "eggroll-per-example": "#3a9a5b",
+    "eggroll-per-example-int8": "#1f8f8f",
     "eggroll-tools": "#8a5fb8",
     "eggroll": "#e07b26",
+    "eggroll-int8": "#b58900",
 }
 OTHERS = ("#b0413e", "#6b6b6b")  # for methods that are added
 
@@ -48,6 +52,14 @@ STYLE = {
 
 Rows = Sequence[Mapping[str, float]]
 Curves = Mapping[str, Sequence[Rows]]  # method -> one list of metrics.csv rows per seed
+
+
+# Columns that runs in int8 have, and what they are
+INTEGERS = {
+    "saturated_activations": "activations at the end of int8",
+    "saturated_weights": "weights at the end of int8",
+    "weights_moved": "weights moved in a step",
+}
 
 
 def colour(method: str) -> str:
@@ -88,6 +100,9 @@ def draw_all(curves: Curves, summaries: Sequence[Mapping[str, Any]], folder: Pat
             paths += save(figure, folder, name)
         paths += save(fitness_figure(curves, f"Training fitness on {where}"), folder, "fitness")
         paths += save(cost_figure(summaries, where), folder, "time_and_memory")
+        integers = {m: seeds for m, seeds in curves.items() if "weights_moved" in seeds[0][-1]}
+        if integers:
+            paths += save(integer_figure(integers, where), folder, "int8")
     return paths
 
 
@@ -129,6 +144,22 @@ def fitness_figure(curves: Curves, title: str) -> Figure:
         title=title,
     )
     figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def integer_figure(curves: Curves, where: str) -> Figure:
+    """What int8 loses by its narrow range, and how much of the network each step moves."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4.5), layout="constrained")
+    for axes, (column, label) in zip(panels, INTEGERS.items(), strict=True):
+        for method, seeds in curves.items():
+            rows = [[row for row in one if row[column] is not None] for one in seeds]
+            x, y = _stack(rows, "epoch", column)
+            _band(axes, method, x, 100 * y, len(seeds))
+        axes.set(xlabel="epoch", title=label)
+        axes.set_ylim(0, None)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
+    figure.suptitle(f"Training in int8 on {where}", fontsize=14)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "results" / "reference"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-METHOD_ORDER = ("backprop", "eggroll-per-example", "eggroll-tools", "eggroll")
+METHOD_ORDER = ("backprop", "eggroll-per-example", "eggroll-per-example-int8")
+METHOD_ORDER += ("eggroll-tools", "eggroll", "eggroll-int8")
 COMMITTED = ("config.json", "metrics.csv", "summary.json", "train.log")
 
 

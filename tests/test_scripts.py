@@ -152,6 +152,7 @@ BAD_FLAGS = [
     (EGGROLL, ["--backend", "triton"], "try compile"),
     (EGGROLL, ["--winsorize", "0.5"], "--winsorize 0.5 is outside"),
     (BACKPROP, ["--active-units", "300"], "more than the 256 hidden units"),
+    (EGGROLL, ["--dtype", "int8", "--optimizer", "adam"], "--optimizer sgd"),
     (BACKPROP, ["--epochs", "0"], "--epochs 0 is below 1"),
     (BACKPROP, ["--epochs", "many"], "--epochs"),
     (BACKPROP, ["--batch-size", "5000"], "--batch-size 5000 is more than"),
