@@ -58,7 +58,7 @@ PRESETS = {
     "population-gpu": PAPER | {"population": 10_000, "lr": 0.05, "epochs": 10},
     "population-cpu": PAPER | {"population": 832, "lr": 0.015, "epochs": 3},
     "population-cpu-quick": PAPER | {"population": 128, "lr": 0.01, "epochs": 1},
-    "population-tools": TOOLS | {"population": 4608, "lr": 0.1, "epochs": 10},
+    "population-tools": TOOLS | {"population": 4608, "lr": 0.02, "epochs": 10},
     "population-tools-quick": TOOLS | {"population": 768, "lr": 0.01, "epochs": 1},
 }
 # Integers: a sigma of 2^-8 moves an activation by one or two of its 127 steps. The paper's
