@@ -80,7 +80,7 @@ TOOLS = {
         "... and orthogonal A": FORWARD + " --noise orthogonal",
         "... B in the batch's span": ONE + " --sampling batch-subspace",
         "... and 16 groups": FORWARD + " --groups 16 --population 6144 --lr 0.015",
-        "preset tools": "--preset tools --lr 0.015",
+        "preset tools": "--preset tools --population 4608 --lr 0.02",
     },
 }
 BASE = {"per-example": "--epochs 1", "population": "--epochs 1 --population 256 --lr 0.008"}
