@@ -50,6 +50,8 @@ STYLE = {
     "svg.fonttype": "none",
 }
 
+LABEL_WIDTH, LABEL_HEIGHT = 0.13, 0.05  # of a label at a curve's end, in parts of the axes
+
 Rows = Sequence[Mapping[str, float]]
 Curves = Mapping[str, Sequence[Rows]]  # method -> one list of metrics.csv rows per seed
 
@@ -118,13 +120,13 @@ def accuracy_figure(curves: Curves, column: str, label: str, log: bool, title: s
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
     axes.margins(x=0.13)  # room for the labels at the curves' ends
-    _label_ends(axes, finals)
     lowest = min(value for _, value in finals.values())
     axes.set_ylim(0 if lowest < 60 else 60 if lowest < 88 else 80, 101)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
+    _label_ends(axes, finals)
     axes.set(xlabel=label, ylabel="test accuracy", title=title)
-    figure.legend(loc="outside lower center", ncols=2)
+    _legend_below(figure)
     return figure
 
 
@@ -143,7 +145,7 @@ def fitness_figure(curves: Curves, title: str) -> Figure:
         ylabel="mean log-likelihood of the label (nats)",
         title=title,
     )
-    figure.legend(loc="outside lower center", ncols=2)
+    _legend_below(figure)
     return figure
 
 
@@ -223,11 +225,26 @@ def _band(axes: Axes, method: str, x: np.ndarray, y: np.ndarray, seeds: int) -> 
     axes.fill_between(x, y.min(0), y.max(0), color=colour(method), alpha=0.2, lw=0)
 
 
+def _legend_below(figure: Figure) -> None:
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10)
+
+
 def _label_ends(axes: Axes, finals: Mapping[str, tuple[float, float]]) -> None:
-    """Each curve's last value, to the right of its end; lower where a better curve goes on."""
-    for method, (x, value) in finals.items():
-        crossed = any(x < other and value <= better for other, better in finals.values())
+    """Each curve's last value, to the right of its end: below where a better curve goes on, above
+    where only a worse one does, and clear of other labels. The axes' limits must be set."""
+    axes.autoscale_view(scaley=False)
+    place = (axes.transData + axes.transAxes.inverted()).transform
+    labels: list[tuple[float, float]] = []
+    for method, (x, value) in sorted(finals.items(), key=lambda item: -item[1][1]):
+        going_on = [final for end, final in finals.values() if end > x]
+        shift = -1 if max(going_on, default=0) >= value else 0.7 if going_on else 0
+        left, height = place((x, value))
+        height += LABEL_HEIGHT * shift
+        near = [y for other, y in labels if abs(left - other) < LABEL_WIDTH]
+        height = min([height, *(y - LABEL_HEIGHT for y in near)])
+        labels.append((left, height))
         axes.annotate(
-            f"{value:.1f} %", (x, value), (8, -10 if crossed else 0), textcoords="offset points",
-            ha="left", va="center", color=colour(method), fontweight="bold",
+            f"{value:.1f} %", (left, height), (8, 0), xycoords="axes fraction",
+            textcoords="offset points", ha="left", va="center", color=colour(method),
+            fontweight="bold",
         )  # fmt: skip
