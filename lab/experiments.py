@@ -206,6 +206,8 @@ def move_aside_other_settings(folder: Path, settings: dict[str, dict]) -> None:
 def move_aside(folder: Path) -> None:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     aside = folder.with_name(f"{folder.name}_until_{stamp}")
+    while aside.exists():  # moved twice within a second
+        aside = aside.with_name(f"{aside.name}_")
     folder.rename(aside)
     print(f"{folder} held runs made with other flags; they are in {aside} now")
 
