@@ -72,15 +72,7 @@ def make_loss(
 def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
     digits = data.load_for(config.data, device)
-    network = MLP(
-        hidden_dim=config.network.hidden_dim,
-        activation=config.network.activation,
-        active_units=config.network.active_units,
-        binary_weights=config.network.binary_weights,
-        bias=config.network.bias,
-        init=config.network.init,
-        seed=config.run.seed,
-    ).to(device)
+    network = MLP(**vars(config.network), seed=config.run.seed).to(device)
     optimizer = make_optimizer(network, config.training)
 
     backend = choose_backend(config.backprop.backend, device)

@@ -353,9 +353,7 @@ def make_integers(
 ) -> tuple[IntegerMLP, IntegerEvolution, IntegerOptimizer]:
     """Network, trainer and optimizer in int8. Raises PopulationError for what they do not know."""
     flags, training = config.evolution, config.training
-    own = config.network
-    network = MLP(hidden_dim=own.hidden_dim, init=own.init, seed=config.run.seed)
-    network = IntegerMLP(network).to(device)
+    network = IntegerMLP(MLP(**vars(config.network), seed=config.run.seed)).to(device)
     try:
         fitness = integer_log_likelihood(flags.temperature, training.label_smoothing, device)
         optimizer = IntegerOptimizer(network, training.lr, training.momentum, flags.update)
@@ -397,15 +395,7 @@ def backend_name(config: Config, examples: int, device: torch.device) -> str:
 def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
     digits = data.load_for(config.data, device)
-    network = MLP(
-        hidden_dim=config.network.hidden_dim,
-        activation=config.network.activation,
-        active_units=config.network.active_units,
-        binary_weights=config.network.binary_weights,
-        bias=config.network.bias,
-        init=config.network.init,
-        seed=config.run.seed,
-    ).to(device)
+    network = MLP(**vars(config.network), seed=config.run.seed).to(device)
     optimizer = make_optimizer(network, config.training)
     flags = config.evolution
     backend = backend_name(config, len(digits.train), device)
@@ -432,8 +422,7 @@ def train_integers(config: Config, device: torch.device) -> None:
     """The same in int8: between a batch and the weights there is no floating number."""
     digits = data.quantised(data.load_for(config.data, device), ONE)
     flags = config.evolution
-    passes = config.training.epochs * len(digits.train) * flags.population / flags.groups
-    backend = choose_backend(flags.backend, device, passes, layerwise=True)
+    backend = backend_name(config, len(digits.train), device)
     network, evolution, optimizer = make_integers(config, device, backend)
     keep_freed_memory()
 

@@ -13,11 +13,13 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lab.cli import run_script
 from lab.errors import UserError
-from lab.report import COMMITTED, read_summary
+from lab.report import COMMITTED, mean_and_deviation, read_summary
 from lab.runlog import SUMMARY_KEYS, write_csv, write_text
 
 FOLDER = "any-signal"
@@ -115,12 +117,10 @@ def markdown_table(found: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for (panel, label, method), group in grouped(found).items():
-        first, accuracies = group[0], [100 * s["test_accuracy"] for s in group]
-        deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(group) > 1 else ""
+        first, accuracy = group[0], mean_and_deviation([s["test_accuracy"] for s in group])
         seconds = statistics.median(s["train_seconds"] for s in group)
         cells = (panel, label, method, f"{first['population']:,}" if first["population"] else "")
-        cells += (str(first["epochs"]), str(len(group)))
-        cells += (f"{statistics.mean(accuracies):.2f}{deviation} %", f"{seconds:,.1f} s")
+        cells += (str(first["epochs"]), str(len(group)), accuracy, f"{seconds:,.1f} s")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -159,8 +159,4 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as problem:
-        print(f"lab.any_signal: error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(partial(main, sys.argv[1:]), "lab.any_signal", errors=())

@@ -11,9 +11,11 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lab.cli import run_script
 from lab.errors import UserError
 from lab.runlog import SUMMARY_KEYS, write_csv, write_text
 
@@ -89,7 +91,7 @@ def markdown_table(summaries: Sequence[Mapping[str, Any]]) -> str:
             f"{int(first['population']):,}" if first["population"] else "",
             str(first["epochs"]),
             str(len(group)),
-            _mean_and_deviation([float(s["test_accuracy"]) for s in group]),
+            mean_and_deviation([float(s["test_accuracy"]) for s in group]),
             f"{seconds:,.1f} s",
             ratio,
             f"{_median(group, 'peak_memory_mb'):,.0f} MB",
@@ -115,7 +117,7 @@ def _median(summaries: Sequence[Mapping[str, Any]], column: str) -> float:
     return statistics.median(float(s[column]) for s in summaries)
 
 
-def _mean_and_deviation(accuracies: Sequence[float]) -> str:
+def mean_and_deviation(accuracies: Sequence[float]) -> str:
     mean = f"{100 * statistics.mean(accuracies):.2f}"
     if len(accuracies) == 1:
         return f"{mean} %"
@@ -161,8 +163,4 @@ def main(args: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as problem:
-        print(f"lab.report: error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_script(partial(main, sys.argv[1:]), "lab.report", errors=())

@@ -143,10 +143,13 @@ class IntegerEvolution:
         """Scores (M, B) of the members of layer `index`, which by itself wrote `fine` (B, O)."""
         after = self.network.layers[index + 1 :]
         weights, divisors = [x.weight for x in after], [x.divisor for x in after]
-        parts = zip(drawn.u.split(self.chunk), drawn.a.split(self.chunk, dim=1), strict=True)
+        parts = drawn.u.split(self.chunk), drawn.a.split(self.chunk, dim=1)
         fixed = (self.fitness, divisors, MOST_SHIFT - self.shift)
-        scores = [self.score[index](*fixed, fine, u, a, group, labels, *weights) for u, a in parts]
-        return torch.cat(scores)
+        # one tensor for all: a small one left by each chunk would lie in the space of the next
+        scores = drawn.u.new_empty(len(drawn.u), len(labels))
+        for u, a, own in zip(*parts, scores.split(self.chunk), strict=True):
+            own.copy_(self.score[index](*fixed, fine, u, a, group, labels, *weights))
+        return scores
 
     def _read(
         self, index: int, difference: Tensor, drawn: Drawn, rows: Tensor, group: Tensor
