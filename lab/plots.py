@@ -167,8 +167,9 @@ def integer_figure(curves: Curves, where: str) -> Figure:
 
 def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
     """Seconds of training and peak memory of every method, as bars."""
-    figure, both = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     methods = list(dict.fromkeys(s["method"] for s in summaries))
+    width = max(12, 3 * len(methods))  # names under the bars must not meet
+    figure, both = plt.subplots(1, 2, figsize=(width, 5), layout="constrained")
     columns = (
         ("train_seconds", "seconds of training (log scale)", "{:,.1f} s"),
         ("peak_memory_mb", "peak memory (MB)", "{:,.0f} MB"),
