@@ -5,95 +5,74 @@ python mnist_backprop.py --quick    # a few seconds
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eggroll import MLP, BackendError
-from eggroll.backends import choose_backend
+from eggroll.compiled import Compiled, choose_backend
 from lab import cli, data
 from lab.cli import SharedConfig
-from lab.optim import make_optimizer, step
-from lab.training import Members, Training
+from lab.network import start_from
+from lab.optim import make_optimizer
+from lab.training import Training
 
 METHOD = "backprop"
 
 # What runs where no flag says otherwise. An epoch of mnist-sample is 32 steps, so it gets more.
-PRESETS = {
-    "full": {"epochs": 10, "lr": 0.05, "label_smoothing": 0.1},
-    "quick": {"epochs": 2, "lr": 0.05, "label_smoothing": 0.1},
-    "full-sample": {"epochs": 30, "lr": 0.05, "label_smoothing": 0.1},
-    "quick-sample": {"epochs": 10, "lr": 0.05, "label_smoothing": 0.1},
-}
-
-
-@dataclass(frozen=True)
-class BackpropFlags:
-    """How the gradient is computed."""
-
-    backend: Literal["eager", "compile"] = "eager"
-    """compile: torch.compile, which on a CUDA GPU replays the step as a captured graph."""
+PRESET = {"lr": 0.1, "lr_schedule": "onecycle", "label_smoothing": 0.1}
+EPOCHS = {"full": 10, "quick": 2, "full-sample": 30, "quick-sample": 10}
 
 
 @dataclass(frozen=True)
 class Config(SharedConfig):
     """Train the MLP on MNIST by backpropagation."""
 
-    backprop: BackpropFlags = field(default_factory=BackpropFlags)
+
+def resolve(config: Config, device: torch.device) -> Config:
+    """The settings of this run, with the preset's where no flag was typed. Raises UserError."""
+    config = cli.apply_preset(config, PRESET | {"epochs": EPOCHS[data.length(config)]})
+    if config.run.backend == "fused":
+        raise BackendError("--backend fused is for EGGROLL's batch members (try compile)")
+    worth = device.type == "cuda"  # on a CPU, compiling takes longer than the run
+    return cli.resolve_run(config, choose_backend(config.run.backend, device, worth=worth))
 
 
-def resolve(config: Config) -> Config:
-    """The settings of this run, with the preset's where no flag was typed."""
-    return cli.apply_preset(config, PRESETS[preset_name(config)])
-
-
-def preset_name(config: Config) -> str:
-    name = "quick" if config.run.quick else "full"
-    return name + ("-sample" if config.data.dataset == data.SAMPLE else "")
-
-
-def make_loss(
-    network: MLP, label_smoothing: float, backend: str
-) -> Callable[[Tensor, Tensor], Tensor]:
+def make_loss(network: MLP, label_smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Images (B, 784) and labels (B,) to the mean cross-entropy."""
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(network(images), labels, label_smoothing=label_smoothing)
 
-    if backend == "eager":
-        return loss_of
-    # reduce-overhead is torch's name for captured graphs; on a CPU it changes nothing
-    return torch.compile(loss_of, dynamic=False, mode="reduce-overhead")
+    return loss_of
 
 
 def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
     digits = data.load_for(config.data, device)
-    network = MLP(**vars(config.network), seed=config.run.seed).to(device)
+    network = MLP(**cli.network_options(config)).to(device)
+    start_from(config.network.init_from, network)
     optimizer = make_optimizer(network, config.training)
+    loss_of = make_loss(network, config.training.label_smoothing)
+    loss_of = Compiled(loss_of, config.run.backend, device)
 
-    backend = choose_backend(config.backprop.backend, device)
-    loss_of = make_loss(network, config.training.label_smoothing, backend)
-
-    members = Members(backend=backend)
-    with Training(METHOD, config, digits, network, optimizer, device, members) as training:
+    with Training(METHOD, config, digits, network, optimizer, device) as training:
         with training.warm_up() as (images, labels):
             loss_of(images, labels).backward()
         for images, labels in training.batches():
             loss = loss_of(images, labels)
             optimizer.zero_grad()
             loss.backward()
-            step(optimizer, config.training)
+            optimizer.step()
             training.record(fitness=-loss.detach())
 
 
 def main() -> None:
-    config = cli.parse(Config, cli.describe(__doc__, PRESETS))
+    config = cli.parse(Config, cli.describe(__doc__, {METHOD: PRESET | {"epochs": EPOCHS["full"]}}))
     device = cli.resolve_device(config.run.device)
-    config = resolve(config)
+    config = resolve(config, device)
     if config.run.print_config:
         cli.print_config(METHOD, config, device)
         return

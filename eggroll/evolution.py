@@ -1,183 +1,225 @@
-"""The trainer: ask for a population, evaluate it, tell its scores. No gradient is ever taken.
+"""The trainer: evaluate a population, and fill .grad from its scores. No gradient is ever taken.
 
-evolution = Evolution(network, cross_entropy(), population=1000, sigma=0.02)
-optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+evolution = Evolution(network, cross_entropy(), ExampleMembers(144))
+optimizer = torch.optim.SGD(network.parameters(), lr=0.04, momentum=0.9)
 for inputs, labels in batches:
-    evolution.estimate(inputs, labels)  # where backprop has loss.backward()
+    scores = evolution.evaluate(inputs, labels)  # forwards only
+    evolution.backward(scores)  # where backprop has loss.backward()
     optimizer.step()
 """
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eggroll.backends import choose_backend, make_backend
-from eggroll.binary import BinaryLinear
-from eggroll.captured import CapturedStep
-from eggroll.estimator import pair_weights
-from eggroll.fitness import SHAPINGS, Fitness, check_finite, member_scores, winsorized
-from eggroll.full_rank import FullRank
-from eggroll.perturbed import PopulationError
-from eggroll.population import Population, linear_layers
-
-PERTURBATIONS = ("low-rank", "full-rank")
-CAPTURABLE = ("z-score", "sign")  # shapings that neither wait for the device nor read sigma
+from eggroll.compiled import Compiled
+from eggroll.evolving import find_evolving, needs_expansion
+from eggroll.fitness import Fitness, check_finite, check_scores
+from eggroll.members import (
+    BatchMembers,
+    Block,
+    ExampleMembers,
+    Step,
+    grouped,
+    make_blocks,
+)
+from eggroll.noise import Keys
+from eggroll.seam import forward, record
 
 
 class Evolution:
-    """EGGROLL on a network of one's own: fills `.grad` of every nn.Linear from fitness alone.
+    """EGGROLL on any nn.Module: weights and biases of every nn.Linear evolve.
 
-    network     calls linear(layer, x) where it would call layer(x), and takes `linear` in forward
-    fitness     outputs (P, B, ...), labels -> (P, B) or (P,); higher is better
-    population  members per step, two per antithetic pair
-    rank        rank of each member's perturbation
-    sigma       scale of the perturbations; an attribute, free to follow a schedule
-    shaping     one of eggroll.fitness.SHAPINGS
+    network     takes inputs (B, ...), and the same with one more leading axis
+    fitness     outputs (P, B, ...), labels -> scores (P, B) or (P,); higher is better
+    members     BatchMembers or ExampleMembers
     seed        keys all noise, with the step
-    groups      parts of the population that each see their own part of every batch
-    winsorize   share of the scores at either end that is pulled in before they are shaped
-    chunk_size  members evaluated at once; memory and speed, never results
-    backend     one of eggroll.backends.BACKENDS
-    dtype       of the population's forward, where it is not the network's own: the members are
-                then perturbations of a copy, and the estimate goes to the network
-    perturbation  "low-rank", or "full-rank": naive evolution strategies (eggroll.full_rank), for
-                comparison, with the eager backend alone
-    capture     replay the step as a CUDA graph. Only with the triton backend, and only where
-                neither fitness nor shaping waits for the device
+    chunk_size  members evaluated at once, in whole blocks: memory and speed, never a result
+    backend     "eager" or "compile" (a fitness from elsewhere runs eagerly with either)
+    dtype       of the population's forward where it is not the network's own: members then perturb
+                a copy, and the estimate goes to the network
 
-    Raises PopulationError (odd population, no nn.Linear in the network, ...), BackendError (one
-    that is not installed), ValueError (shaping, capture).
-    Source: Algorithm 1 of "Evolution Strategies at the Hyperscale", arXiv 2511.16652.
+    Raises PopulationError for a population that cannot be and a network without nn.Linear, and on
+    the first batch for a network that folds the leading axis; BackendError.
+    Source: Algorithm 1 of arXiv 2511.16652.
     """
 
     def __init__(
         self,
         network: nn.Module,
         fitness: Fitness,
-        *,
-        population: int,
-        rank: int = 1,
-        sigma: float = 0.02,
-        shaping: str = "z-score",
+        members: BatchMembers | ExampleMembers,
         seed: int = 0,
-        groups: int = 1,
-        winsorize: float = 0.0,
         chunk_size: int | None = None,
         backend: str = "eager",
         dtype: torch.dtype | None = None,
-        capture: bool = False,
-        perturbation: str = "low-rank",
     ):
-        if shaping not in SHAPINGS:
-            raise ValueError(f"shaping {shaping!r} is not known (try {', '.join(SHAPINGS)})")
-        self.network, self.fitness = network, fitness
-        self.population, self.rank, self.sigma = population, rank, sigma
-        self.shaping, self.seed, self.groups, self.chunk_size = shaping, seed, groups, chunk_size
-        self.winsorize = winsorize
+        self.network, self.fitness, self.members, self.seed = network, fitness, members, seed
+        self.evaluated = copy.deepcopy(network).to(dtype) if dtype else network
+        self.evolving = find_evolving(self.evaluated)
+        self.device = self.evolving.weights[0].device
+        size = members.block_size(self.device)
+        self.blocks_at_once = max(1, (chunk_size or size) // size)
         self.step = 0
-        if not linear_layers(network):
-            raise PopulationError("the network has no nn.Linear, so there is nothing to evolve")
-        device = linear_layers(network)[0].weight.device
-        chosen = choose_backend(backend, device)
-        _check_members(network, perturbation, chosen, rank)
-        self.backend = FullRank() if perturbation == "full-rank" else make_backend(chosen)
-        self.dtype = dtype or linear_layers(network)[0].weight.dtype
-        self.perturbed = copy.deepcopy(network).to(dtype) if dtype else network
-        self.population_in_work = self.ask()  # raises at once what the first step would raise
-        self.run = self._evaluate_and_tell
-        if capture:
-            if chosen != "triton" or shaping not in CAPTURABLE:
-                allowed = " or ".join(CAPTURABLE)
-                raise ValueError(f"capture needs the triton backend and shaping {allowed}")
-            parameters = [p for layer in linear_layers(network) for p in layer.parameters()]
-            self.run = CapturedStep(self.run, parameters)
+        self.expand: bool | None = None  # known from the first batch
+        self._scorers: dict[int | None, Compiled] = {}
+        self._backend = backend
+        self._plan()  # raises at once what the first step would raise
 
-    def ask(self) -> Population:
-        """The members of the present step, as keys: nothing is drawn before it is used."""
-        if self.perturbed is not self.network:
-            with torch.no_grad():
-                for copied, own in zip(
-                    self.perturbed.parameters(), self.network.parameters(), strict=True
-                ):
-                    copied.copy_(own)
-        population = Population(
-            self.perturbed,
-            self.population,
-            self.rank,
-            self.sigma,
-            self.seed,
-            self.step,
-            self.groups,
-            self.backend.noise,
-        )
-        self.backend.prepare(population)
-        return population
+    def _plan(self) -> None:
+        """Share the members out among the layers, and make a forward for each layer."""
+        weights = self.evolving.weights
+        self.counts = self.members.counts([len(weight) for weight in weights])
+        self.blocks = make_blocks(self.counts, self.members.block_size(self.device))
+        for layer, _ in self.counts:
+            self._scorers[layer] = Compiled(self._scorer(layer), self._backend, self.device)
+
+    # ---- what there is to know ----
+
+    @property
+    def population(self) -> int:
+        """Members that see each example; at most what was asked for."""
+        return sum(count for _, count in self.counts)
+
+    @property
+    def fixed(self) -> list[str]:
+        """Names of the parameters that stay as they are; complete after the first batch."""
+        return self.evolving.fixed
+
+    @property
+    def backend(self) -> str:
+        """The backend in use: eager where the compiler failed."""
+        backends = {compiled.backend for compiled in self._scorers.values()}
+        return "eager" if "eager" in backends else self._backend
+
+    @property
+    def mean_fitness(self) -> Tensor:
+        """Of the unperturbed network on the last batch, 0-d, in nats or the fitness's own units."""
+        return self._last.baseline.double().mean() * getattr(self.fitness, "unit", 1.0)
+
+    # ---- a step ----
 
     @torch.no_grad()
-    def evaluate(self, population: Population, inputs: Tensor, labels: Tensor) -> Tensor:
-        """One score per member, (P,), for inputs (B, ...) and labels, a chunk at a time.
+    def evaluate(self, inputs: Tensor, labels: Any) -> Tensor:
+        """Scores of all members on one batch: (P,) of batch members, (P, B) of example members.
 
-        The network's weights are read and never written. Raises FitnessError, and PopulationError
-        for a batch that has fewer examples than there are groups.
+        Weights are read and never written. Raises FitnessError, and PopulationError on the first
+        batch.
         """
-        if len(inputs) < population.groups:
-            raise PopulationError(
-                f"a batch of {len(inputs)} cannot be shared among {population.groups} groups"
-            )
-        scores = torch.empty(population.size, device=population.device)
-        shared: dict[int, Any] = {}  # by group
-        for chunk in population.chunks(self.chunk_size):
-            seen = chunk.part(inputs)
-            if chunk.group not in shared:
-                shared[chunk.group] = self.backend.share(population, seen)
-            found = self.backend.score(
-                chunk, seen, chunk.part(labels), self.fitness, shared[chunk.group]
-            )
-            scores[chunk.members] = member_scores(found, len(chunk))
-        check_finite(scores, population.step)
+        inputs = self._follow_the_network(inputs)
+        if self.expand is None:
+            self._meet(inputs)
+        weights, biases = self.evolving.weights, self.evolving.biases
+        calls, outputs = record(self.evaluated, weights, inputs)
+        baseline = self._checked(self.fitness(outputs, labels), 1, len(inputs))[0]
+        keys = Keys(self.seed, self.step, self.device)
+        step = self._last = Step(keys, weights, biases, calls, baseline)
+        # one tensor for all: a small one left by each chunk would lie in the space of the next
+        scores = baseline.new_empty(self.population, *baseline.shape)
+        for blocks in grouped(self.blocks, self.blocks_at_once):
+            own = scores[blocks[0].start : blocks[-1].stop]
+            own.copy_(self._score(step, blocks, inputs, labels))
+        check_finite(scores, self.step)
         return scores
 
     @torch.no_grad()
-    def tell(self, population: Population, scores: Tensor) -> None:
-        """Write -estimate into `.grad` of every evolving parameter, and go on to the next step.
+    def backward(self, scores: Tensor) -> None:
+        """Leave minus the ascent direction in `.grad` of every evolving parameter; next step.
 
-        Minus, because torch's optimizers descend and fitness is to rise. The population's noise
-        is drawn again from its keys.
+        Minus, since optimizers descend and fitness is to rise. The members' noise is drawn again
+        from its keys. Of an int8 weight the ascent direction itself, int32, is in `.ascent`.
         """
-        scores = winsorized(scores, self.winsorize)
-        weights = pair_weights(scores, self.shaping, population.sigma, population.groups)
-        for index, layer in enumerate(linear_layers(self.network)):
-            weight, bias = self.backend.estimate(population, index, weights)
-            layer.weight.grad = weight.neg_().to(layer.weight.dtype)
-            if bias is not None:
-                layer.bias.grad = bias.neg_().to(layer.bias.dtype)
-        self.step = population.step + 1
+        on_weights, on_biases = self.members.gradients(self._last, scores, self.blocks)
+        targets = (*self._targets.weights, *self._targets.biases)
+        for parameter, ascent in zip(targets, (*on_weights, *on_biases), strict=True):
+            if parameter.dtype == torch.int8:
+                parameter.ascent = ascent
+            else:
+                parameter.grad = ascent.neg_().to(parameter.dtype)
+        self.step += 1
 
-    def estimate(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Ask, evaluate and tell on one batch; the population's mean fitness, a 0-d tensor."""
-        self.population_in_work = self.ask()
-        fitness = self.run(inputs.to(self.dtype), labels)
-        self.step = self.population_in_work.step + 1
-        return fitness
+    def warm_up(self, inputs: Tensor, labels: Any) -> None:
+        """What a step does, without a trace: compiles, and fills caches."""
+        scores = self.evaluate(inputs, labels)
+        self.members.gradients(self._last, scores, self.blocks)
 
-    def _evaluate_and_tell(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        scores = self.evaluate(self.population_in_work, inputs, labels)
-        self.tell(self.population_in_work, scores)
-        return scores.mean()
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same noise."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+    # ---- its parts ----
+
+    def _meet(self, inputs: Tensor) -> None:
+        """On the first batch: which weights the network uses, and how it treats the member axis."""
+        calls, _ = record(self.evaluated, self.evolving.weights, inputs)
+        self._targets = find_evolving(self.network, calls)
+        self.evolving = find_evolving(self.evaluated, calls)
+        self.expand = needs_expansion(self.evaluated, self.evolving, inputs)
+        self._plan()
+        if self.fixed:
+            warnings.warn(f"these stay as they are: {', '.join(self.fixed)}", stacklevel=4)
+
+    def _follow_the_network(self, inputs: Tensor) -> Tensor:
+        """Inputs in the dtype of the forward, and a copied network brought up to date."""
+        if self.evaluated is self.network:
+            return inputs
+        for copied, own in zip(self.evaluated.parameters(), self.network.parameters(), strict=True):
+            copied.copy_(own)
+        dtype = self.evolving.weights[0].dtype
+        return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+    def _score(self, step: Step, blocks: list[Block], inputs: Tensor, labels: Any) -> Tensor:
+        """Scores of the members of some blocks of one layer, (P,) or (P, B)."""
+        layer, members = blocks[0].layer, blocks[-1].stop - blocks[0].start
+        noise = self.members.draw(step, blocks)
+        order = [call.index for call in step.calls]
+        # up to the first call that members change, all of them do what the network does
+        known = step.calls[: 1 if layer is None else order.index(layer) + 1]
+        seen = inputs.expand(members if self.expand else 1, *inputs.shape)
+        found = self._scorers[layer](noise, [call.y for call in known], seen, labels)
+        if not _is_own(self.fitness):
+            found = self.fitness(found, labels)
+        return self._checked(found, members, len(inputs))
+
+    def _checked(self, scores: Tensor, members: int, examples: int) -> Tensor:
+        """Scores in the form that the members read: (P,), or (P, B). Raises FitnessError."""
+        check_scores(scores, members, examples, by_example=self.members.by_example)
+        if self.members.by_example:
+            return scores
+        scores = scores.float()
+        return scores.mean(1) if scores.dim() == 2 else scores
+
+    def _scorer(self, layer: int | None) -> Callable[..., Tensor]:
+        """From the noise of members of one layer to their scores, or to their outputs for a fitness
+        that no compiler should follow: it may read files and talk to programs."""
+        network, members, evolving = self.evaluated, self.members, self.evolving
+        fitness = self.fitness if _is_own(self.fitness) else None
+
+        def score(
+            noise: dict[str, Tensor], known: list[Tensor], inputs: Tensor, labels: Any
+        ) -> Tensor:
+            of_layer: list[int] = []
+
+            def add(call, index, bias, x, y):
+                if layer not in (None, index):
+                    return y
+                of_layer.append(call)
+                place = evolving.bias_index(bias)
+                return members.add(noise, len(of_layer) - 1, index, place, x, y)
+
+            outputs = forward(network, evolving.weights, known, add, inputs)
+            return outputs if fitness is None else fitness(outputs, labels)
+
+        return score
 
 
-def _check_members(network: nn.Module, perturbation: str, backend: str, rank: int) -> None:
-    """Raises PopulationError for members that no backend of that name evaluates."""
-    if perturbation not in PERTURBATIONS:
-        raise PopulationError(
-            f"perturbation {perturbation!r} is not known (try {', '.join(PERTURBATIONS)})"
-        )
-    if perturbation == "full-rank" and (backend != "eager" or rank != 1):
-        raise PopulationError(
-            f"members of full rank have no rank and one backend, and here is rank {rank} and "
-            f"backend {backend} (try rank 1, backend eager)"
-        )
-    if backend == "triton" and any(isinstance(m, BinaryLinear) for m in network.modules()):
-        raise PopulationError("the triton kernels know no binary weights (try backend compile)")
+def _is_own(fitness: Fitness) -> bool:
+    """Whether a fitness is the package's, which the compiler can follow."""
+    return getattr(fitness, "__module__", "").startswith("eggroll.")

@@ -1,32 +1,55 @@
-"""The one network of the experiment, and the one seam through which a population perturbs it."""
+"""The one network of the experiment, and what may stand between its layers."""
 
-import math
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from eggroll.activations import make_activation
-from eggroll.binary import BinaryLinear
-
-Linear = Callable[[nn.Linear, Tensor], Tensor]
+INT8_SCALE, INT8_MAX = 16, 127  # int8 stands for steps of 1 / 16, so for -7.94 to 7.94
 
 
-def plain_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The unperturbed layer: what backprop and evaluation pass through the seam."""
-    return layer(x)
+def step(x: Tensor) -> Tensor:
+    """1 above 0, else 0."""
+    return (x > 0).to(x.dtype)
+
+
+def argmax_k(x: Tensor) -> Tensor:
+    """1 for the largest quarter of each example's units, else 0. By how much they lead is lost.
+
+    Where units tie for the last place, all of them are on.
+    """
+    k = -(-x.shape[-1] // 4)
+    least = x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return (x >= least).to(x.dtype)
+
+
+def int8_round(x: Tensor) -> Tensor:
+    """GELU, rounded to the 255 numbers that an int8 in steps of 1 / 16 can hold."""
+    return (F.gelu(x) * INT8_SCALE).round().clamp(-INT8_MAX, INT8_MAX) / INT8_SCALE
+
+
+# (..., H) -> (..., H). The last four are flat between their jumps, so the gradient that autograd
+# finds through them is zero, and backprop trains the last layer alone.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sign": torch.sign,
+    "step": step,
+    "argmax-k": argmax_k,
+    "int8-round": int8_round,
+}
 
 
 class MLP(nn.Module):
-    """784-256-256-10 with GELU by default: every weight matrix is reached through `linear`.
+    """784-256-256-10 with GELU by default.
 
-    Backprop and evaluation call the network plainly. A population hands in a `linear` that adds
-    each member's low-rank term, and every tensor inside then has a leading population axis.
+    activation  one of ACTIVATIONS, between the layers
+    seed        of the initial weights: He's (normal, fan-in), biases 0. Drawn on the CPU with a
+                generator of its own, so that a seed gives the same network on every device
 
-    activation    one of eggroll.activations.ACTIVATIONS
-    active_units  of argmax-k alone: units that are on, by default a quarter of the layer's
-    binary_weights  every layer computes with the signs of its weights (eggroll.binary)
+    Raises ValueError for an activation that is not known.
     """
 
     def __init__(
@@ -36,45 +59,24 @@ class MLP(nn.Module):
         out_features: int = 10,
         *,
         activation: str = "gelu",
-        active_units: int | None = None,
-        binary_weights: bool = False,
         bias: bool = False,
-        init: str = "he",
         seed: int = 0,
     ):
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is not known (try {', '.join(ACTIVATIONS)})")
+        self.activation = ACTIVATIONS[activation]
         sizes = [in_features, hidden_dim, hidden_dim, out_features]
-        kind = BinaryLinear if binary_weights else nn.Linear
-        self.layers = nn.ModuleList(kind(i, o, bias=bias) for i, o in pairwise(sizes))
-        self.activation = make_activation(activation, active_units or -(-hidden_dim // 4))
-        initialise(self.layers, init, seed)
+        self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(sizes))
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, linear: Linear = plain_linear) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Logits (..., 10) of inputs (..., 784)."""
         *hidden, head = self.layers
         for layer in hidden:
-            x = self.activation(linear(layer, x))
-        return linear(head, x)
-
-
-def initialise(layers: nn.ModuleList, init: str, seed: int) -> None:
-    """Draw every weight afresh from `seed`: "he" (normal, fan-in) or "orthogonal"; biases are 0.
-
-    "zero-head" is "he" with a last layer of zeros: all logits are equal at the start.
-
-    Drawn on the CPU with a generator of its own, so that a seed gives the same network on every
-    device and no global random state is touched.
-    """
-    if init not in ("he", "orthogonal", "zero-head"):
-        raise ValueError(f"init {init!r} is not known (try 'he', 'orthogonal' or 'zero-head')")
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers:
-        if init != "orthogonal":
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
-        else:
-            # sqrt(2) keeps the signal's scale through a rectifier-like activation, as He does
-            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2), generator=generator)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    if init == "zero-head":
-        nn.init.zeros_(layers[-1].weight)
+            x = self.activation(layer(x))
+        return head(x)

@@ -1,108 +1,52 @@
-"""Keyed low-rank noise: the same key gives the same numbers, so nothing has to be stored.
+"""Keyed noise: the same key gives the same numbers, so nothing has to be stored or sent.
 
-The noise of a layer is drawn in blocks of antithetic pairs, each from a generator of its own,
-seeded by (seed, step, layer, block). Which blocks are evaluated together, in which order, or in
-which process therefore changes no number.
-
-Letters: N antithetic pairs, R rank, O/I a layer's outputs/inputs.
+Every generator is keyed by (seed, step, parameter, block, what is drawn). Which blocks are evaluated
+together, in which order or in which process therefore changes no number.
 """
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
-
-# Pairs that share a generator. A block is the unit of work on a CPU (its activations should stay
-# in the cache); an accelerator wants few launches, hence large blocks.
-CPU_BLOCK = 16
-ACCELERATOR_BLOCK = 256
+from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64
 _MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
-class LayerNoise:
-    """The perturbations of one layer for N antithetic pairs.
+class Keys:
+    """The generators of one step."""
 
-    Pair k moves the weights by +- sigma / sqrt(R) * a[k].T @ b[k] and the bias by
-    +- sigma * bias[k]. The (O, I) matrix is never formed outside of tests and figures.
-    """
+    seed: int
+    step: int
+    device: torch.device
 
-    a: Tensor  # (N, R, O)
-    b: Tensor  # (N, R, I)
-    bias: Tensor | None = None  # (N, O), full-rank: a vector has nothing to factor
+    def generator(self, parameter: int, block: int = 0, *, shared: bool = False) -> torch.Generator:
+        """A fresh generator for one block of members of one parameter.
 
-    @property
-    def rank_scale(self) -> float:
-        """1 / sqrt(R): entries of a.T @ b / sqrt(R) have variance 1 at any rank (Eq. 6)."""
-        return 1 / math.sqrt(self.a.shape[1])
-
-    def __len__(self) -> int:
-        return len(self.a)
-
-    def materialise(self) -> Tensor:
-        """E, (N, O, I): the matrices that the fast paths never form."""
-        return self.a.mT @ self.b * self.rank_scale
+        parameter  position among the evolving parameters
+        shared     for what all blocks of the parameter have in common (`block` is then 0)
+        """
+        generator = torch.Generator(self.device)
+        return generator.manual_seed(
+            generator_seed(self.seed, self.step, parameter, block, int(shared))
+        )
 
 
-def concatenate(blocks: list[LayerNoise]) -> LayerNoise:
-    """The pairs of several blocks of one layer, in order."""
-    if len(blocks) == 1:
-        return blocks[0]
-    bias = None if blocks[0].bias is None else torch.cat([block.bias for block in blocks])
-    return LayerNoise(
-        torch.cat([block.a for block in blocks]), torch.cat([block.b for block in blocks]), bias
-    )
-
-
-def block_size(device: torch.device | str) -> int:
-    """Pairs per noise block on this device."""
-    return CPU_BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK
-
-
-def draw_block(
-    layer: nn.Linear,
-    rank: int,
-    *,
-    seed: int,
-    step: int,
-    layer_index: int,
-    block: int,
-    pairs: int,
-) -> LayerNoise:
-    """Gaussian noise of one layer for the `pairs` pairs of one block.
-
-    Drawn on the layer's device and in its dtype.
-    Source: Algorithm 1 and Eq. 6 of the paper (A, B ~ N(0, 1)).
-    """
-    weight = layer.weight
-    generator = torch.Generator(weight.device)
-    generator.manual_seed(generator_seed(seed, step, layer_index, block))
-    out_features, in_features = weight.shape
-
-    def normal(*shape: int) -> Tensor:
-        numbers = torch.empty(pairs, *shape, device=weight.device, dtype=weight.dtype)
-        return numbers.normal_(generator=generator)
-
-    # both factors in one call: the numbers are quick to draw, the calls are not
-    a, b = normal(rank, out_features + in_features).split([out_features, in_features], dim=-1)
-    return LayerNoise(a, b, normal(out_features) if layer.bias is not None else None)
-
-
-def generator_seed(seed: int, step: int, layer: int, block: int) -> int:
+def generator_seed(seed: int, step: int, parameter: int, block: int, what: int = 0) -> int:
     """One generator seed per key, without a collision inside a run.
 
-    PyTorch's CPU generator uses 32 bits of its seed, and a hash to 32 bits would meet itself
-    about 600 times in a run of two million blocks. So the key is packed injectively (17 bits of
-    step, 5 of layer, 10 of block, the rest folded in above them), then moved by a *bijection* of
-    32 bits that depends on the high part: two keys of the same run share a generator only beyond
-    131,072 steps, 32 layers or 1,024 blocks.
+    PyTorch's CPU generator uses 32 bits of its seed, and a hash to 32 bits would collide about 600
+    times in a run of two million blocks. So the key is packed injectively (16 bits of step, 5 of
+    parameter, 10 of block, 1 of what; the rest is folded in above them), then moved by a
+    *bijection* of 32 bits that depends on the high part: two keys of one run share a generator
+    only beyond 65,536 steps, 32 parameters or 1,024 blocks, and there by chance alone.
     """
-    low = ((step & 0x1FFFF) << 15) | ((layer & 0x1F) << 10) | (block & 0x3FF)
-    rest = ((layer >> 5) << 32) ^ (block >> 10)
-    high = _splitmix(_splitmix(_splitmix(seed) ^ (step >> 17)) ^ rest)
+    low = (step & 0xFFFF) << 16 | (parameter & 0x1F) << 11 | (block & 0x3FF) << 1 | (what & 1)
+    rest = ((parameter >> 5) << 32) ^ (block >> 10)
+    high = _splitmix(_splitmix(_splitmix(seed) ^ (step >> 16)) ^ rest)
     upper, mask = (high >> 32) << 32, high & 0xFFFFFFFF
     return upper | _bijection32(low ^ mask)
 
@@ -120,3 +64,50 @@ def _bijection32(x: int) -> int:
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+def gaussian(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    """Independent N(0, 1) numbers, in the dtype of `like`."""
+    return torch.empty(shape, device=generator.device, dtype=like.dtype).normal_(
+        generator=generator
+    )
+
+
+def signs(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Independent random signs, 64 for each 64-bit word that is drawn."""
+    count, device = math.prod(shape), generator.device
+    words = torch.empty(-(-count // 64), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    eights = _signs_of_bytes(dtype, device).index_select(0, words.view(torch.uint8).int())
+    return eights.view(-1)[:count].view(shape)
+
+
+@lru_cache(maxsize=8)
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs that each byte stands for, (256, 8)."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return (2 * bits - 1).to(device, dtype)
+
+
+def orthogonal_rows(outputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """All rows of a Hadamard matrix in random order, cut to `outputs` columns: signs, (N, O).
+
+    The rows are orthogonal where `outputs` is a power of two; the columns of all N rows always are.
+    """
+    matrix = hadamard(most_rows(outputs), generator.device, dtype)
+    order = torch.randperm(len(matrix), generator=generator, device=generator.device)
+    return matrix.index_select(0, order)[:, :outputs]
+
+
+def most_rows(outputs: int) -> int:
+    """Rows of the Hadamard matrix for so many outputs: the next power of two."""
+    return 1 << (outputs - 1).bit_length()
+
+
+@lru_cache(maxsize=8)
+def hadamard(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sylvester's matrix of orthogonal rows of signs; `order` is a power of two."""
+    matrix = torch.ones(1, 1, device=device, dtype=dtype)
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

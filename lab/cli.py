@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +27,10 @@ def preset_arg(metavar: str) -> Any:
 PresetInt = Annotated[int | None, preset_arg("INT")]
 PresetFloat = Annotated[float | None, preset_arg("FLOAT")]
 PresetName = preset_arg("NAME")
-PresetUnits = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+PopulationFlag = Annotated[str | None, preset_arg("N|N+N+N")]
+FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
+ThreadsFlag = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class RunFlags:
     """Keys the initial weights, the order of the examples and all noise."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA, then Apple's MPS, then the CPU."""
+    backend: Literal["auto", "eager", "compile", "fused"] = "auto"
+    """compile: torch.compile, on a CUDA GPU as a captured graph. fused: one kernel for all layers of
+    batch members (CUDA). auto: the fastest that is there and that the run is long enough for."""
+    threads: ThreadsFlag = None
+    """CPU threads (default: torch's own choice, the cores)."""
     out_dir: PathFlag = None
     """Folder for all that the run writes (default: a new one under results/runs)."""
     eval_every: int = 1
@@ -74,47 +82,35 @@ class NetworkFlags:
     """Units in each of the two hidden layers."""
     activation: Literal["gelu", "relu", "sign", "step", "argmax-k", "int8-round"] = "gelu"
     """Between the layers. The last four have a gradient of zero: argmax-k is 1 for the largest
-    units and 0 for the rest, int8-round is a gelu with 255 values."""
-    active_units: PresetUnits = None
-    """The k of argmax-k (default: a quarter of the hidden units)."""
-    binary_weights: bool = False
-    """Compute with the signs of the weights, and train the weights behind them."""
+    quarter of the units and 0 for the rest, int8-round is a gelu with 255 values."""
     bias: bool = False
     """Add a bias to every layer."""
-    init: Literal["he", "orthogonal", "zero-head"] = "he"
-    """Initial weights; zero-head is he with a last layer of zeros."""
+    init_from: PathFlag = None
+    """Start from the weights in this model.safetensors (default: from --seed)."""
 
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """How the estimate or gradient is followed."""
+    """How the gradient, or its estimate, is followed."""
 
     epochs: PresetInt = None
     """Passes over the training images."""
     batch_size: int = 128
     """Examples per step."""
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "nadam"] = "sgd"
-    """Any of these from torch.optim."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """From torch.optim."""
     lr: PresetFloat = None
-    """Learning rate at the start."""
-    lr_schedule: Literal["exponential", "linear", "cosine", "constant"] = "linear"
-    """exponential: times --lr-decay each epoch; linear, cosine: down to 0 over the run."""
-    lr_decay: float = 0.99
-    """Factor per epoch of the exponential schedule."""
+    """Learning rate: the largest of the schedule."""
+    lr_schedule: Annotated[
+        Literal["linear", "cosine", "onecycle", "constant"] | None, PresetName
+    ] = None
+    """linear, cosine: down to 0 over the run; onecycle: up for a fifth of it, then down."""
     momentum: float = 0.9
-    """Of sgd and rmsprop."""
-    label_smoothing: PresetFloat = None
-    """Share of the cross-entropy's target that is spread over all classes."""
-    clip_norm: float = 0.0
-    """Longest gradient, or estimate, that a step follows; longer ones are cut (0: none are)."""
+    """Of sgd."""
     weight_decay: float = 0.0
     """As torch's optimizer understands it."""
-    average_weights: Literal["none", "ema", "equal"] = "none"
-    """Evaluate and save an average of the weights: exponential, or equal from --average-start."""
-    ema_decay: float = 0.999
-    """Share of the old average that one step keeps."""
-    average_start: float = 0.5
-    """Part of the run after which the equal average begins, 0 to 1."""
+    label_smoothing: PresetFloat = None
+    """Share of the cross-entropy's target that is spread over all classes."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +128,22 @@ MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
 ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 
 # flags that may differ between a run and its resumption: they change no result
-FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size")
+FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size", "init_from")
 
-AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "population", "groups")
-AT_LEAST_ONE += ("active_units",)
-ABOVE_ZERO = ("lr", "sigma", "temperature", "lr_decay", "sigma_decay", "population_growth")
-NOT_NEGATIVE = ("momentum", "weight_decay", "clip_norm", "seed", "chunk_size")
-PART_OF_ONE = ("ema_decay", "average_start", "label_smoothing")
-BELOW_HALF = ("winsorize",)
+AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "threads")
+ABOVE_ZERO = ("lr", "sigma", "temperature")
+NOT_NEGATIVE = ("momentum", "weight_decay", "seed", "chunk_size")
+PART_OF_ONE = ("label_smoothing",)
+
+Effect = tuple[tuple[str, ...], Callable[[Any], bool], str]
+
+# (flags, whether they have no effect, why): refused by `check_effects`
+NO_EFFECT: tuple[Effect, ...] = (
+    (("momentum",), lambda c: c.training.optimizer != "sgd", "with --optimizer adam or adamw"),
+    (("data_dir",), lambda c: c.data.dataset == "mnist-sample", "with --dataset mnist-sample"),
+    (("overwrite",), lambda c: c.run.out_dir is None, "without --out-dir"),
+    (("overwrite",), lambda c: c.run.resume, "with --resume"),
+)
 
 
 def parse(config_type: type[Config], description: str, args: Sequence[str] | None = None) -> Config:
@@ -147,13 +151,16 @@ def parse(config_type: type[Config], description: str, args: Sequence[str] | Non
 
     Exits with code 2 on flags that are not known (tyro suggests the nearest). Raises UserError.
     """
-    typed = list(sys.argv[1:] if args is None else args)
-    config = _tyro(config_type, description, typed)
+    words = list(sys.argv[1:] if args is None else args)
+    config = _tyro(config_type, description, words)
     if config.run.resume:
         if config.run.out_dir is None:
             raise UserError("--resume needs --out-dir, the folder of the run to go on with")
-        started_with = read_saved_config(config.run.out_dir).get("command", [])
-        config = _tyro(config_type, description, [*started_with, *typed])
+        saved = read_saved_config(config.run.out_dir)
+        # both change bits, and what auto means may have changed since
+        kept = [f"--{name}={saved['flags'][name]}" for name in ("backend", "threads")]
+        config = _tyro(config_type, description, [*saved["command"], *kept, *words])
+    check_effects(config)
     return config
 
 
@@ -163,8 +170,8 @@ def _tyro(config_type: type[Config], description: str, args: Sequence[str]) -> C
 
 def flag(name: str, value: Any) -> str:
     """A flag as it is typed."""
-    typed = "--" + name.replace("_", "-")
-    return typed if value is True else f"{typed} {value}"
+    word = ("--no-" if value is False else "--") + name.replace("_", "-")
+    return word if isinstance(value, bool) else f"{word} {value}"
 
 
 def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
@@ -176,6 +183,26 @@ def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
 def preset_values(values: Mapping[str, Any]) -> str:
     named = {k: v if isinstance(v, str) else f"{v:,}" for k, v in values.items()}
     return ", ".join(f"{flag} {value}" for flag, value in named.items())
+
+
+def typed(config: Any) -> dict[str, Any]:
+    """The flags that have another value than their default."""
+    groups = [getattr(config, group.name) for group in dataclasses.fields(config)]
+    return {
+        f.name: getattr(group, f.name)
+        for group in groups
+        for f in dataclasses.fields(group)
+        if getattr(group, f.name) != f.default
+    }
+
+
+def check_effects(config: Any, rules: Sequence[Effect] = NO_EFFECT) -> None:
+    """Raises UserError for a flag that was typed where it has no effect."""
+    flags = typed(config)
+    for names, has_none, why in rules:
+        for name in names:
+            if name in flags and has_none(config):
+                raise UserError(f"{flag(name, flags[name])} has no effect {why} (leave it out)")
 
 
 def apply_preset(config: Config, values: Mapping[str, Any]) -> Config:
@@ -200,6 +227,12 @@ def flat(config: object) -> dict[str, Any]:
     return {f.name: getattr(g, f.name) for g in groups for f in dataclasses.fields(g)}
 
 
+def network_options(config: Any) -> dict[str, Any]:
+    """What MLP takes: the flags of the network, and the seed of its weights."""
+    options = {name: value for name, value in vars(config.network).items() if name != "init_from"}
+    return options | {"seed": config.run.seed}
+
+
 def as_json(config: object) -> dict[str, Any]:
     """The run's flags as JSON values; those that are about this call alone are left out."""
     flags = {key: value for key, value in flat(config).items() if key not in ABOUT_THIS_CALL}
@@ -219,15 +252,9 @@ def check(flags: Mapping[str, Any]) -> None:
         (ABOVE_ZERO, lambda v: v > 0, "not above 0", "a number above 0"),
         (NOT_NEGATIVE, lambda v: v >= 0, "negative", "0 or more"),
         (PART_OF_ONE, lambda v: 0 <= v < 1, "outside of 0 to 1", "0 or more, and less than 1"),
-        (BELOW_HALF, lambda v: 0 <= v < 0.5, "outside of 0 to 0.5", "0 or more, and less than 0.5"),
     )
     if flags.get("seed", 0) >= 2**32:
         raise UserError(f"--seed {flags['seed']} is too large (type a number below {2**32:,})")
-    if (flags.get("active_units") or 0) > (most := flags.get("hidden_dim", 0)):
-        raise UserError(
-            f"--active-units {flags['active_units']} is more than the {most} hidden units "
-            f"(type {most} or less)"
-        )
     for names, holds, fault, remedy in rules:
         for name in names:
             if flags.get(name) is not None and not holds(flags[name]):
@@ -244,6 +271,14 @@ def read_saved_config(out_dir: Path) -> dict[str, Any]:
         raise UserError(f"{out_dir} holds no run to resume (start one without --resume)") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite") from error
+
+
+def resolve_run(config: Config, backend: str) -> Config:
+    """The flags with the backend and the number of threads that the run has; sets the latter."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    run = dataclasses.replace(config.run, backend=backend, threads=torch.get_num_threads())
+    return dataclasses.replace(config, run=run)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -265,6 +300,9 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
 
     `errors` are the library's own that a flag or a file can cause.
     """
+    logging.getLogger("torch").setLevel(logging.ERROR)  # "No CUDA runtime is found", and the like
+    warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
+    warnings.filterwarnings("ignore", module=r"(?!eggroll|lab)")
     try:
         main()
     except (Interrupted, KeyboardInterrupt) as stop:

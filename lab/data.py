@@ -5,6 +5,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,12 @@ def _pixel_statistics(images: Tensor) -> tuple[float, float]:
     mean = (share * level).sum()
     std = (share * (level - mean) ** 2).sum().sqrt()
     return mean.item(), max(std.item(), 1e-6)  # blank images would divide by zero
+
+
+def length(config: Any) -> str:
+    """Which of a script's numbers of epochs a run has: "full", "quick", or either's "-sample"."""
+    name = "quick" if config.run.quick else "full"
+    return name + ("-sample" if config.data.dataset == SAMPLE else "")
 
 
 def load_for(flags: DataFlags, device: torch.device) -> Dataset:

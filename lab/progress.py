@@ -48,14 +48,24 @@ class Progress:
         self.bar.close()
 
 
-def headline(method: str, data: Dataset, steps: int, members: int, done: int) -> str:
+def headline(method: str, data: Dataset, steps: int, done: int) -> str:
     """What is about to run; a run on the sample can never be taken for one on the full MNIST."""
     title = f"{method} on {data.name}: {len(data.train):,} training images, {steps:,} steps"
-    if members > 1:
-        title += f", population {members:,}"
     if data.name == SAMPLE:
         title += "  [mnist-sample: 5,000 digits, NOT the full MNIST]"
     return f"{title}, going on from step {done:,}" if done else title
+
+
+def population_line(evolution: Any, batch_size: int) -> str:
+    """The population that is really used, and what it counts."""
+    counts, total = [count for _, count in evolution.counts], evolution.population
+    layers = f" ({' + '.join(map(str, counts))} by layer)" if len(counts) > 1 else ""
+    if not evolution.members.by_example:
+        return f"population {total:,}{layers}: members that each see the whole batch"
+    return (
+        f"population {total:,}{layers}: members that see each image, {total * batch_size:,} of one "
+        "image each in a step"
+    )
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

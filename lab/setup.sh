@@ -1,5 +1,7 @@
 # Sourced by run_experiments.sh and run_tests.sh: sets PYTHON to one that has what is needed.
-# The current python3 is taken where it has everything; otherwise .venv is built, once.
+# The current python3 is taken where it has everything; otherwise .venv is built, once. Where python3
+# has torch and torchvision (a notebook service, conda, a GPU container), .venv adds to them instead
+# of installing them again.
 
 # use_python REQUIREMENTS MODULE...
 use_python() {
@@ -12,16 +14,24 @@ use_python() {
         fi
     done
     _new_enough python3 || _fail "Python 3.11 or newer is needed (found: $(python3 --version 2>&1))"
-    if [ ! -x .venv/bin/python ]; then
-        echo "Building .venv from $requirements (PyTorch is large: some minutes, about 6 GB)"
-        python3 -m venv .venv || _fail "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"
-    else
+    if [ -x .venv/bin/python ]; then
         echo "Bringing .venv up to date with $requirements"
+    elif _has_modules python3 torch torchvision; then
+        echo "Building .venv on top of the PyTorch that python3 has: about a minute"
+        _make_venv --system-site-packages
+    else
+        echo "Building .venv from $requirements (PyTorch is large: some minutes, about 6 GB)"
+        _make_venv
     fi
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+    # pip's warnings are about the machine's own settings
+    .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$requirements" ||
         _fail "pip could not install $requirements; run the same command again to go on"
     touch .venv/installed-requirements.txt "$stamp"  # the developers' list includes the users'
     PYTHON=.venv/bin/python
+}
+
+_make_venv() {
+    python3 -m venv "$@" .venv || _fail "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"
 }
 
 _new_enough() {

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,18 @@ from lab.data import Dataset
 from lab.divergence import FitnessWatch, check_finite
 from lab.errors import Interrupted, UserError
 from lab.evaluation import evaluate, measure
-from lab.optim import AveragedWeights, make_schedule
-from lab.progress import Progress, epoch_line, headline
+from lab.optim import make_schedule
+from lab.progress import Progress, epoch_line, headline, population_line
 from lab.runlog import RunFolder, default_out_dir
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
-
-
-@dataclass(frozen=True)
-class Members:
-    """What is evaluated on each batch; by default the network itself, once."""
-
-    population: int = 1
-    groups: int = 1  # parts of the batch, each seen by its own part of the population
-    growth: float = 1.0  # of the population over the run, linear
-    backend: str = "eager"
+GOAL = 0.975  # test accuracy at which methods are compared
 
 
 class Training:
     """One run of one method. Leaving it by an exception saves what is done; files are complete.
+
+    evolution  EGGROLL's trainer: its population is logged, its state saved
 
     Raises UserError for a folder that cannot be written to or resumed from.
     """
@@ -59,11 +51,11 @@ class Training:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
-        members: Members = Members(),
+        evolution: Any = None,
     ):
         flags, run = config.training, config.run
         self.method, self.config, self.data, self.device = method, config, data, device
-        self.network, self.optimizer, self.members = network, optimizer, members
+        self.network, self.optimizer, self.evolution = network, optimizer, evolution
         if flags.batch_size > len(data.train):
             raise UserError(
                 f"--batch-size {flags.batch_size} is more than the {len(data.train):,} training "
@@ -72,16 +64,12 @@ class Training:
         self.steps_per_epoch = -(-len(data.train) // flags.batch_size)
         self.total_steps = flags.epochs * self.steps_per_epoch
         self.schedule = make_schedule(optimizer, flags, self.steps_per_epoch)
-        self.average = None
-        if flags.average_weights != "none":
-            self.average = AveragedWeights(network, flags, self.total_steps)
         out_dir = run.out_dir or default_out_dir(method, data.name, run.seed)
         self.folder = RunFolder(out_dir, resume=run.resume, overwrite=run.overwrite)
         self.clock = Clock(device)
         self.step = 0
         self.compile_seconds = self.earlier_peak_mb = 0.0
         self.rows: list[dict[str, Any]] = []
-        self.columns: dict[str, Any] = {}  # of the method's own, for metrics.csv
         self.fitness_sum = torch.zeros((), device=device)
         self.present: tuple[Tensor, Tensor] | None = None  # the batch that is being trained on
         self.watch = FitnessWatch()
@@ -98,11 +86,11 @@ class Training:
     def __enter__(self) -> "Training":
         self._earlier_handler = signal.signal(signal.SIGINT, self._on_ctrl_c)
         self.progress = Progress(self.total_steps, self.step, self.config.run.quiet)
-        self._say(
-            headline(self.method, self.data, self.total_steps, self.members.population, self.step)
-        )
-        where = f"{device_name(self.device)}, {self.members.backend}"
-        self._say(f"{where}; files in {self.folder.path}")
+        self._say(headline(self.method, self.data, self.total_steps, self.step))
+        if self.evolution:
+            self._say(population_line(self.evolution, self.config.training.batch_size))
+        backend, folder = self.config.run.backend, self.folder.path
+        self._say(f"{device_name(self.device)}, {backend}; files in {folder}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
@@ -148,15 +136,12 @@ class Training:
                         break
             self._after_steps()
 
-    def record(self, fitness: Tensor, **columns: Any) -> None:
-        """After optimizer.step(): the step's training fitness (0-d), and columns to log."""
+    def record(self, fitness: Tensor) -> None:
+        """After optimizer.step(): the unperturbed network's mean fitness on the batch, 0-d."""
         self.schedule.step()
         self.step += 1
         self.fitness_sum += fitness
         self.watch.add(fitness, self.step)
-        self.columns = columns
-        if self.average:
-            self.average.update(self.network, self.step)
         if self.progress.due():
             done = (self.step - 1) % self.steps_per_epoch + 1
             mean = check_finite(self.fitness_sum.item() / done, self.step)
@@ -207,7 +192,7 @@ class Training:
         row = {
             "epoch": self.epoch,
             "step": self.step,
-            "examples_forwarded": self._examples_forwarded(),
+            "forward_passes_per_image": round(self._forward_passes_per_image(), 1),
             "train_seconds": round(self.clock.seconds, 3),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "train_fitness": "",
@@ -216,29 +201,18 @@ class Training:
             mean = self.fitness_sum.item() / self.steps_per_epoch
             row["train_fitness"] = round(check_finite(mean, self.step), 6)
         self.fitness_sum.zero_()
+        if self.step and hasattr(self.optimizer, "statistics"):
+            row |= self.optimizer.statistics()
         if self.epoch % self.config.run.eval_every == 0 or self.epoch == epochs:
-            row |= self._evaluate()
-        self.rows.append(row | self.columns)
+            row |= evaluate(self.network, self.data)
+        self.rows.append(row)
         self._say(epoch_line(row, epochs))
         self.folder.write_metrics(self._aligned_rows())
 
-    def _examples_forwarded(self) -> int:
-        """Forward passes of one example through one member so far."""
-        epochs, steps = divmod(self.step, self.steps_per_epoch)
-        examples = epochs * len(self.data.train) + steps * self.config.training.batch_size
-        grown = 1 + (self.members.growth - 1) / 2 * self.step / self.total_steps  # mean so far
-        return round(examples * grown) * self.members.population // self.members.groups
-
-    def _evaluate(self) -> dict[str, Any]:
-        """Of the averaged weights where there are some: those are reported and saved."""
-        row = evaluate(self._result, self.data)
-        if self.average:
-            row["unaveraged_test_accuracy"] = measure(self.network, self.data, self.data.test)[0]
-        return row
-
-    @property
-    def _result(self) -> nn.Module:
-        return self.average.model.module if self.average else self.network
+    def _forward_passes_per_image(self) -> float:
+        """So far: each epoch all members, and the unperturbed network."""
+        members = self.evolution.population if self.evolution else 0
+        return (members + 1) * self.step / self.steps_per_epoch
 
     # ---- files ----
 
@@ -253,17 +227,16 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "average": self.average.model.state_dict() if self.average else None,
+            "evolution": self.evolution.state_dict() if self.evolution else None,
             "fitness_sum": self.fitness_sum,
             "watch": self.watch.state(),
             "rows": self.rows,
-            "columns": self.columns,
             "seconds": self.clock.seconds,
             "compile_seconds": self.compile_seconds,
             "peak_mb": self._peak_mb(),
         }
         checkpoint.save(self.folder.checkpoint, state)
-        self.folder.write_model(self._result)
+        self.folder.write_model(self.network)
         self._write_summary(status)
         self.saved_at = time.monotonic()
 
@@ -276,16 +249,31 @@ class Training:
                 "seed": self.config.run.seed,
                 "epochs": self.epoch,
                 "steps": self.step,
-                "population": self.members.population if self.members.population > 1 else None,
+                "population": self.evolution.population if self.evolution else None,
+                "members_per_step": self._members_per_step(),
+                "forward_passes_per_image": round(self._forward_passes_per_image(), 1),
                 "test_accuracy": evaluated["test_accuracy"],
                 "validation_accuracy": evaluated["validation_accuracy"] or None,
                 "train_seconds": round(self.clock.seconds, 3),
+                "seconds_to_97_5": self._seconds_to_goal(),
                 "compile_seconds": round(self.compile_seconds, 3),
                 "peak_memory_mb": round(self._peak_mb(), 1),
                 "device": device_name(self.device),
                 "status": status,
             }
         )
+
+    def _members_per_step(self) -> int | None:
+        """A batch member sees all examples of a batch, an example member one."""
+        if not self.evolution:
+            return None
+        each = self.config.training.batch_size if self.evolution.members.by_example else 1
+        return self.evolution.population * each
+
+    def _seconds_to_goal(self) -> float | None:
+        """Training seconds at the first evaluation at or above GOAL."""
+        reached = (r["train_seconds"] for r in self.rows if (r.get("test_accuracy") or 0) >= GOAL)
+        return next(reached, None)
 
     def _peak_mb(self) -> float:
         return max(self.earlier_peak_mb, peak_memory_mb(self.device))
@@ -308,9 +296,9 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        if self.average:
-            self.average.model.load_state_dict(state["average"])
-        self.step, self.rows, self.columns = state["step"], state["rows"], state["columns"]
+        if self.evolution:
+            self.evolution.load_state_dict(state["evolution"])
+        self.step, self.rows = state["step"], state["rows"]
         self.fitness_sum = state["fitness_sum"]
         self.watch.load_state(state["watch"])
         self.clock = Clock(self.device, state["seconds"])

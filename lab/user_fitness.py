@@ -1,10 +1,10 @@
 """A fitness of the user's own, from a file: loaded, tried out, and blamed by its line.
 
---fitness path/to/file.py:function names a function of logits (P, B, 10) and labels (B,) that
-returns scores (P, B), or (P,) for the paper's estimator; higher is better. Whatever goes wrong
+--fitness path/to/file.py:function names a function of outputs (P, B, 10) and labels (B,) that
+returns scores (P, B), or (P,) for batch members; higher is better. Whatever goes wrong
 with it is a UserError that quotes the function's own line.
 
-Letters: P members, B examples.
+Shapes: P members, B examples.
 """
 
 import importlib.util
@@ -86,26 +86,31 @@ class UserFitness:
         self.varied = False  # of random logits it proves little
         if by_example and scores.dim() == 1:
             raise UserError(
-                f"{self.where} gives one score per member, and per-example credit needs one per "
-                f"member and example, ({MEMBERS}, {examples}) here: for a fitness of the whole "
-                "batch add --estimator population"
+                f"{self.where} gives one score per member, and example members need one per member "
+                f"and example, ({MEMBERS}, {examples}) here: for a fitness of the whole batch add "
+                "--members batch"
             )
 
 
-def warm_up(fitness: Callable[[Tensor, Tensor], Tensor], estimate: Callable[[], Any]) -> None:
-    """Estimate once; where the fitness is a user's, until two members of a population differ.
+def warm_up(evolution: Any, images: Tensor, labels: Tensor) -> None:
+    """A step without a trace; where the fitness is a user's, until it tells two members apart.
 
     Raises UserError where the members of DRAWS populations all tie. One such population may be
     chance, where a score takes few values.
     """
-    for _ in range(DRAWS):
-        estimate()
+    fitness, step = evolution.fitness, evolution.step
+    for draw in range(DRAWS):
+        evolution.step = step + draw
+        evolution.warm_up(images, labels)
         if not isinstance(fitness, UserFitness) or fitness.varied:
-            return
-    raise UserError(
-        f"{fitness.where} is constant: it gave all members of {DRAWS} populations the same "
-        "score, so there is nothing to select by (does it use the logits? try a larger --sigma)"
-    )
+            break
+    else:
+        raise UserError(
+            f"{fitness.where} is constant: it gave all members of {DRAWS} populations the same "
+            "score, so there is nothing to select by (does it use the outputs? try a larger "
+            "--sigma)"
+        )
+    evolution.step = step
 
 
 @lru_cache  # what is tried out is what trains: a program that it starts is started once

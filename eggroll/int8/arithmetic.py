@@ -1,23 +1,30 @@
 """Integer arithmetic that training needs: products, and divisions that round to nearest."""
 
+import timeit
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 # int8 is -127..127 everywhere: with -128 the range would lean to one side
-MOST = 127
+INT8_MAX = 127
 # A wide number is 128 * high + low, with high and low int8
-WIDE_MOST = 127 * 128
+WIDE_MAX = 127 * 128
+# Sums of so many products of int8 are whole numbers that float32 holds: 127 * 127 * 1040 < 2^24
+FLOAT_EXACT = 1040
 
 
 def int_matmul(x: Tensor, y: Tensor) -> Tensor:
     """x @ y in int32, for int8 x (N, K) and y (K, M): the only place that multiplies matrices.
 
-    VNNI instructions on a CPU and tensor cores on CUDA, through torch._int_mm. CUDA's wants more
-    than 16 rows and multiples of 8 elsewhere: there the operands are padded with zeros.
+    torch._int_mm is VNNI instructions on a CPU and tensor cores on CUDA, which wants more than 16
+    rows and multiples of 8 elsewhere: there the operands are padded with zeros. A CPU without VNNI
+    has no fast product of int8; there float32 units compute the same integers.
     """
     if x.device.type == "cpu":
-        return torch._int_mm(x, y)
+        through_float = FLOAT_IS_FASTER and x.shape[1] <= FLOAT_EXACT
+        return float_matmul(x, y) if through_float else torch._int_mm(x, y)
     if x.device.type != "cuda":  # no such product elsewhere
         return (x.int().unsqueeze(2) * y.int()).sum(1, dtype=torch.int32)
     (rows, inner), columns = x.shape, y.shape[1]
@@ -27,12 +34,25 @@ def int_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 
 def float_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """The plain twin of `int_matmul`: exact while 127 * 127 * K < 2^24, so up to K = 1,040."""
+    """The reference implementation of `int_matmul`: exact for K up to FLOAT_EXACT."""
     return (x.float() @ y.float()).int()
 
 
+def _float_is_faster() -> bool:
+    """Whether this CPU multiplies float32 faster than int8: measured in some milliseconds."""
+    x = torch.ones(256, 256, dtype=torch.int8)
+
+    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return min(timeit.repeat(lambda: product(x, x.t()), number=1, repeat=3))
+
+    return seconds(float_matmul) < seconds(torch._int_mm)
+
+
+FLOAT_IS_FASTER = _float_is_faster()
+
+
 def wide_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y in int32, for int32 x (N, K) of at most WIDE_MOST in size, and int8 y (K, M).
+    """x @ y in int32, for int32 x (N, K) of at most WIDE_MAX in size, and int8 y (K, M).
 
     Two int8 products: PyTorch's own product of int32 is many times as slow.
     """
@@ -56,4 +76,4 @@ def rounded_division(x: Tensor, divisor: int | Tensor) -> Tensor:
 
 def clipped(x: Tensor) -> Tensor:
     """Within -127..127, still int32."""
-    return x.clamp(-MOST, MOST)
+    return x.clamp(-INT8_MAX, INT8_MAX)

@@ -1,0 +1,124 @@
+"""What of a network evolves, and whether the network leaves the member axis alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from eggroll.members import BatchMembers, Block, PopulationError, Step
+from eggroll.noise import Keys
+from eggroll.seam import Call, forward, record
+
+
+@dataclass(frozen=True)
+class Evolving:
+    """Parameters of a network that members perturb, each once, and the names of all others."""
+
+    weights: list[nn.Parameter]
+    biases: list[nn.Parameter]
+    fixed: list[str]
+
+    def bias_index(self, bias: Tensor | None) -> int | None:
+        for index, known in enumerate(self.biases):
+            if bias is known:
+                return index
+        return None
+
+
+def find_evolving(network: nn.Module, seen: Sequence[Call] | None = None) -> Evolving:
+    """Weights and biases of every nn.Linear, in the order in which modules are registered.
+
+    Frozen parameters (requires_grad=False) are left out, and with `seen` those that no call used.
+    Raises PopulationError where nothing is left.
+    """
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    weights = _distinct([layer.weight for layer in linears])
+    biases = _distinct([layer.bias for layer in linears if layer.bias is not None])
+    if seen is not None:
+        used = {call.index for call in seen}
+        weights = [weight for index, weight in enumerate(weights) if index in used]
+        biases = [bias for bias in biases if any(call.bias is bias for call in seen)]
+    evolving = {id(parameter) for parameter in (*weights, *biases)}
+    fixed = [name for name, p in network.named_parameters() if id(p) not in evolving]
+    if not weights:
+        raise PopulationError(
+            "the network has no nn.Linear to evolve, or calls none through F.linear"
+        )
+    return Evolving(weights, biases, fixed)
+
+
+def _distinct(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    # integer parameters cannot require a gradient
+    trained = [p for p in parameters if p.requires_grad or not p.is_floating_point()]
+    return list({id(p): p for p in trained}.values())
+
+
+def needs_expansion(network: nn.Module, evolving: Evolving, inputs: Tensor) -> bool:
+    """Whether inputs must be expanded to all members, since a leading axis of 1 does not broadcast.
+
+    Found out by comparing two members with materialised weights. Raises PopulationError, with what
+    to write instead, for a network that moves or folds the leading axis.
+    """
+    if not evolving.weights[0].is_floating_point():
+        return False  # integer networks are the package's own
+    training = network.training
+    network.eval()  # dropout would draw different masks
+    try:
+        plain = network(inputs)  # what fails here is the network's own error
+        failure = ""
+        for expand in (False, True):
+            try:
+                if _members_agree(network, evolving, inputs, plain, expand):
+                    return expand
+            except Exception as error:  # any shape error of any layer
+                failure = f" ({' '.join(str(error).split())[:80]})"
+    finally:
+        network.train(training)
+    members = (2, *inputs.shape)
+    raise PopulationError(
+        f"the network does not keep the leading axis of inputs {members}, the members{failure}: "
+        "address axes from the end (flatten(-3) instead of flatten(1), mean(-2) instead of "
+        "mean(1)), and use each weight through F.linear alone"
+    )
+
+
+def _members_agree(
+    network: nn.Module, evolving: Evolving, inputs: Tensor, plain: Tensor, expand: bool
+) -> bool:
+    """Whether two members' outputs are those of their materialised weights."""
+    calls, outputs = record(network, evolving.weights, inputs)
+    if outputs.shape != (1, *plain.shape):
+        return False
+    keys = Keys(0, 0, inputs.device)
+    step = Step(keys, evolving.weights, evolving.biases, calls, outputs)
+    # large enough to be told from rounding, relative to each network's own weights
+    sigma = 0.1 * float(torch.stack([w.float().std(correction=0) for w in step.weights]).mean())
+    members = BatchMembers(2, sigma=sigma or 0.1, antithetic=False)
+    noise = members.draw(step, [Block(None, 0, 0, 2)])
+
+    def add(call, index, bias, x, y):
+        return members.add(noise, call, index, evolving.bias_index(bias), x, y)
+
+    seen = inputs.expand(2, *inputs.shape) if expand else inputs.unsqueeze(0)
+    found = forward(network, evolving.weights, [], add, seen)
+    names = {id(p): name for name, p in network.named_parameters()}
+    for member in range(2):
+        changed = {}
+        for i, weight in enumerate(step.weights):
+            perturbation = noise[f"a{i}"][member].T @ noise[f"b{i}"][member]
+            changed[names[id(weight)]] = weight + perturbation
+        for j, bias in enumerate(step.biases):
+            changed[names[id(bias)]] = bias + noise[f"e{j}"][member]
+        formed = functional_call(network, changed, (inputs,), tie_weights=True)
+        if found[member].shape != formed.shape or not _close(found[member], formed, plain):
+            return False
+    return True
+
+
+def _close(found: Tensor, formed: Tensor, plain: Tensor) -> bool:
+    """Most outputs agree, relative to what the perturbation did: rounding may flip a sign unit."""
+    error, effect = (found - formed).abs().float(), (formed - plain).abs().float()
+    tolerance = 0.05 * effect.mean() + 1e-4 * formed.abs().float().mean()
+    return bool((error <= tolerance).float().mean() > 0.9)

@@ -1,0 +1,1 @@
+MAX_HIDDEN=256

@@ -1,0 +1,83 @@
+"""Fitness in integers: logits (P, B, C), int32 in units of 2^-FRACTION_BITS, to scores (P, B).
+
+Scores are int32 in units of 2^-FRACTION_BITS bits (`unit` says how many nats); higher is better.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from eggroll.int8.network import FRACTION_BITS
+
+UNIT = 1 << FRACTION_BITS
+POWER_BITS = 15  # of the powers of two that are summed
+CUBIC = (22_810, 7_358, 2_600)  # of 2^x for x from 0 to 1, in 2^-POWER_BITS
+SMOOTHING_PARTS = 256
+
+
+class Int8Accuracy:
+    """1 where the largest logit is the label's, else 0, in units of 2^-FRACTION_BITS."""
+
+    unit = 1 / UNIT
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.argmax(-1) == labels).int() << FRACTION_BITS
+
+
+class Int8CrossEntropy:
+    """log2 of the label's share of 2^(logits / temperature): minus the cross-entropy, in bits.
+
+    Powers come from a cubic and the logarithm of their sum from a table, each exact to about one
+    unit. To base 2 the softmax of the same logits is a little softer, as if the temperature were
+    1.44 times as high.
+    temperature      1, 2, 4, ...: a shift
+    label_smoothing  share of the target that is spread over all classes, in 256ths
+    Raises ValueError for a temperature that is no power of two.
+    """
+
+    unit = math.log(2) / UNIT
+
+    def __init__(
+        self,
+        temperature: float = 1,
+        label_smoothing: float = 0.0,
+        device: torch.device | str = "cpu",
+        classes: int = 10,
+    ):
+        self.shift = max(int(temperature).bit_length() - 1, 0)
+        if temperature != 1 << self.shift:
+            raise ValueError(f"temperature {temperature:g} is no power of two (try 1 or 2)")
+        self.smoothing = round(SMOOTHING_PARTS * label_smoothing)
+        self.classes, self.logarithms = classes, _logarithms(device, classes)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        # classes first: vector units then work along examples, of which there are many
+        logits = logits.movedim(-1, 0).contiguous() >> self.shift
+        top = logits.amax(0)
+        below = logits - top  # 0 or less: whole part below the point, fraction above
+        whole = (-(below >> FRACTION_BITS)).clamp(max=31)
+        terms = power_of_two(below & (UNIT - 1)) >> whole
+        excess = terms.sum(0, dtype=torch.int32) - (1 << POWER_BITS)
+        total = self.logarithms[excess >> (POWER_BITS - FRACTION_BITS)] + top
+        chosen = logits.gather(0, labels.expand(top.shape).unsqueeze(0)).squeeze(0)
+        if self.smoothing:
+            others = logits.sum(0, dtype=torch.int32) - self.classes * chosen
+            chosen = chosen + self.smoothing * others // (SMOOTHING_PARTS * self.classes)
+        return chosen - total
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """2^(x / UNIT) in 2^-POWER_BITS, for x from 0 to UNIT - 1: a cubic, to 6 units of 32,768.
+
+    A table would be exact, and takes several times as long: vector units multiply, not look up.
+    """
+    x = x.int()
+    inner = ((CUBIC[2] * x >> FRACTION_BITS) + CUBIC[1]) * x >> FRACTION_BITS
+    return ((inner + CUBIC[0]) * x >> FRACTION_BITS) + (1 << POWER_BITS)
+
+
+def _logarithms(device: torch.device | str, classes: int) -> Tensor:
+    """log2(1 + i / UNIT) in 1 / UNIT, up to log2(classes)."""
+    table = [round(math.log2(1 + i / UNIT) * UNIT) for i in range((classes - 1) * UNIT + 2)]
+    return torch.tensor(table, dtype=torch.int32, device=device)

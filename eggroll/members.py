@@ -1,0 +1,475 @@
+"""Two kinds of members: what each perturbs, what it sees, and what its score says of the gradient.
+
+                    BatchMembers                       ExampleMembers
+a member sees       the whole batch                    one example of it
+it perturbs         all layers, or one, by A B^T       one layer, by A B^T with B along what the
+                    (Gaussian factors, any rank)       layer reads of that example
+compared with       its antithetic twin                the unperturbed network
+its score weights   A B^T                              A: the gradient in the layer's outputs
+
+Source: arXiv 2511.16652, Algorithm 1; for ExampleMembers docs/method.md. Both are pure: what a step
+needs is in its arguments. Shapes: P members, B examples, I/O a layer's inputs/outputs, R rank.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eggroll import int8
+from eggroll.fitness import SHAPINGS
+from eggroll.noise import Keys, gaussian, most_rows, orthogonal_rows, signs
+from eggroll.seam import Call
+
+# Members per block on an accelerator, which wants few launches. (A CPU wants activations that stay in
+# its caches, and has a size for each kind.) Fixed, so that no number depends on memory settings.
+GPU_BLOCK = 512
+# Draws that go into one matrix product of the gradient: enough for a fast GEMM, and no more noise
+# than this is ever held.
+DRAWS_PER_PRODUCT = 512
+
+
+class PopulationError(ValueError):
+    """A population that cannot be, or a network that it cannot perturb."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all members of one step have in common."""
+
+    keys: Keys
+    weights: Sequence[Tensor]  # those that evolve, (O, I) each
+    biases: Sequence[Tensor]  # (O,) each
+    calls: Sequence[Call]  # what the unperturbed network read and wrote
+    baseline: Tensor  # its scores: (B,), or 0-d for one score per member
+    shared: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by layer, once drawn
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of work: members that are drawn together, keyed by the block's number."""
+
+    layer: int | None  # position of the weight that they perturb; None: all of them
+    number: int
+    start: int  # their place in the step's scores
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+Counts = list[tuple[int | None, int]]  # (layer, members of it)
+
+
+def make_blocks(counts: Counts, size: int) -> list[Block]:
+    """All blocks of a step, one layer after the other; a layer's last block may be cut."""
+    blocks, first = [], 0
+    for layer, count in counts:
+        starts = range(0, count, size)
+        blocks += [
+            Block(layer, number, first + start, first + min(start + size, count))
+            for number, start in enumerate(starts)
+        ]
+        first += count
+    return blocks
+
+
+def grouped(blocks: Sequence[Block], most: int) -> Iterator[list[Block]]:
+    """Runs of at most `most` blocks of one layer."""
+    for _, of_layer in groupby(blocks, key=lambda block: block.layer):
+        run = list(of_layer)
+        yield from (run[i : i + most] for i in range(0, len(run), most))
+
+
+@dataclass(frozen=True)
+class BatchMembers:
+    """Members that each see the whole batch: Algorithm 1 of the paper.
+
+    population  members per step; each sees every example
+    sigma       scale of the perturbation E = A B^T / sqrt(R), in the weights' own units
+    perturb     "all" layers at once, or "one" layer per member
+    antithetic  in pairs with signs + and -; otherwise compared with the unperturbed network
+    shaping     one of SHAPINGS. "none" keeps the fitness's units: the estimate is its gradient. The
+                others divide by the scores' spread, which leaves 1 / sigma to the learning rate
+
+    Raises PopulationError for values that cannot be.
+    """
+
+    population: int
+    sigma: float = 0.02
+    rank: int = 1
+    perturb: str = "all"
+    antithetic: bool = True
+    shaping: str = "z-score"
+
+    by_example: ClassVar[bool] = False  # one score per member
+    cpu_block: ClassVar[int] = 32
+
+    def __post_init__(self):
+        _check(self, SHAPINGS)
+        if self.rank < 1:
+            raise PopulationError(f"rank {self.rank} is below 1 (try 1)")
+        if self.perturb not in ("all", "one"):
+            raise PopulationError(f"perturb {self.perturb!r} is not known (try 'all' or 'one')")
+
+    def counts(self, outputs: Sequence[int]) -> Counts:
+        """Members of each layer, for layers of so many outputs; layer None is all at once."""
+        if self.perturb == "all":
+            return [(None, self.population)]
+        most = [self.population] * len(outputs)
+        return list(enumerate(share(self.population, most, self._signs)))
+
+    @property
+    def _signs(self) -> int:
+        """Members for each draw of the noise."""
+        return 2 if self.antithetic else 1
+
+    def block_size(self, device: torch.device) -> int:
+        """Members of a whole block."""
+        return self.cpu_block if device.type == "cpu" else GPU_BLOCK
+
+    # ---- what a member adds ----
+
+    def draw(self, step: Step, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """Noise of the blocks' N draws: for weight i a{i} (N, R, O), which is sigma / sqrt(R) times
+        A, and b{i} (N, R, I); for bias j e{j} (N, O), which is sigma times the noise."""
+        layer, noise = blocks[0].layer, {}
+        for i, weight in enumerate(step.weights):
+            if layer in (None, i):
+                drawn = self._gaussian(step.keys, i, weight, blocks, self.rank, sum(weight.shape))
+                a, b = drawn.split(list(weight.shape), dim=-1)
+                noise[f"a{i}"], noise[f"b{i}"] = a * (self.sigma / math.sqrt(self.rank)), b
+        for j, bias in enumerate(step.biases):
+            if layer is None or any(c.index == layer and c.bias is bias for c in step.calls):
+                place = len(step.weights) + j
+                drawn = self._gaussian(step.keys, place, bias, blocks, len(bias))
+                noise[f"e{j}"] = drawn * self.sigma
+        return noise
+
+    def _gaussian(
+        self, keys: Keys, parameter: int, like: Tensor, blocks: Sequence[Block], *shape: int
+    ) -> Tensor:
+        """Of every block as many draws as it has members of; whole blocks are drawn."""
+        whole = (self.block_size(keys.device) // self._signs, *shape)
+        parts = []
+        for block in blocks:
+            drawn = gaussian(whole, keys.generator(parameter, block.number), like)
+            parts.append(drawn[: len(block) // self._signs])
+        return _joined(parts)
+
+    def add(
+        self,
+        noise: dict[str, Tensor],
+        call: int,
+        index: int,
+        bias: int | None,
+        x: Tensor,  # (P, ..., I), or (1, ..., I) while all members read the same
+        y: Tensor,  # (P, ..., O) or (1, ..., O): the unperturbed product
+    ) -> Tensor:
+        """y plus each member's term, (P, ..., O)."""
+        if f"a{index}" in noise:
+            y = self._add_product(noise[f"a{index}"], noise[f"b{index}"], x, y)
+        if f"e{bias}" in noise:
+            e = noise[f"e{bias}"]
+            e = torch.stack([e, -e], 1).flatten(0, 1) if self.antithetic else e
+            y = y + e.view(-1, *[1] * (y.dim() - 2), y.shape[-1])
+        return y
+
+    def _add_product(self, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """y + (x b^T) a, where the second member of a pair has -a."""
+        draws, features = len(a), y.shape[1:]
+        y = y.flatten(1, -2)
+        if len(x) == 1:  # one term serves both signs
+            per_product = self.block_size(x.device) // self._signs
+            term = _outer(_project_shared(x.flatten(0, -2), b, per_product), a)
+            y = torch.stack([y + term, y - term], 1) if self.antithetic else y + term
+        else:
+            if self.antithetic:
+                a, b = torch.stack([a, -a], 1).flatten(0, 1), b.repeat_interleave(2, 0)
+            y = y + _outer(_project_own(x.flatten(1, -2), b), a)
+        return y.reshape(self._signs * draws, *features)
+
+    # ---- what its score says ----
+
+    def gradients(
+        self, step: Step, scores: Tensor, blocks: Sequence[Block]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Ascent direction of every weight, (O, I), and bias, (O,), from one score per member, (P,).
+
+        One matrix product for every few blocks: no E is formed, and no population's noise held.
+        Source: Algorithm 1; with antithetic pairs.
+        """
+        differences = self._differences(scores, step.baseline)
+        on_weights = [torch.zeros_like(weight) for weight in step.weights]
+        on_biases = [torch.zeros_like(bias) for bias in step.biases]
+        members = {layer: 0 for layer in (None, *range(len(on_weights)))}
+        for block in blocks:
+            members[block.layer] += len(block)
+        together = DRAWS_PER_PRODUCT * self._signs // self.block_size(step.keys.device)
+        # the noise is already times sigma
+        unit = self.sigma**2 if self.shaping == "none" else self.sigma
+        for group in grouped(blocks, max(1, together)):
+            noise = self.draw(step, group)
+            draws = slice(group[0].start // self._signs, group[-1].stop // self._signs)
+            share = differences[draws] / (unit * members[group[0].layer])
+            for i, total in enumerate(on_weights):
+                if f"a{i}" in noise:
+                    weighted = noise[f"a{i}"] * share.to(total.dtype)[:, None, None]
+                    total.addmm_(weighted.flatten(0, 1).T, noise[f"b{i}"].flatten(0, 1))
+            for j, total in enumerate(on_biases):
+                if f"e{j}" in noise:
+                    total.addmv_(noise[f"e{j}"].T, share.to(total.dtype))
+        return on_weights, on_biases
+
+    def _differences(self, scores: Tensor, baseline: Tensor) -> Tensor:
+        """Of each draw, (N,): member less twin, or less the unperturbed network, shaped."""
+        if self.shaping == "sign":
+            return self._compared(scores, baseline).sign()
+        if self.shaping == "none":
+            return self._compared(scores, baseline)
+        shaped = SHAPINGS[self.shaping](scores)
+        return self._compared(shaped, torch.zeros_like(baseline))  # shaped scores are centred
+
+    def _compared(self, scores: Tensor, baseline: Tensor) -> Tensor:
+        return scores[0::2] - scores[1::2] if self.antithetic else scores - baseline
+
+
+@dataclass(frozen=True)
+class ExampleMembers:
+    """Members that each see one example and perturb one layer (docs/method.md).
+
+    Algorithm 1 with one datum per member, Rao-Blackwellised; it coincides with node perturbation
+    (Werfel, Xie, Seung 2003).
+
+    population  members that see each example: a number, shared equally among the layers, each up
+                to its full set of orthogonal rows; or a count for each layer
+    sigma       scale of the perturbation, in the weights' own units
+    antithetic  in pairs with signs + and -; otherwise compared with the unperturbed network
+    shaping     "none": the estimate is the gradient of the fitness. "sign": one vote per member
+
+    Raises PopulationError for values that cannot be.
+    """
+
+    population: int | tuple[int, ...]
+    sigma: float = 0.004
+    antithetic: bool = False
+    shaping: str = "none"
+
+    by_example: ClassVar[bool] = True  # one score per member and example
+    cpu_block: ClassVar[int] = 64
+
+    def __post_init__(self):
+        _check(self, ("none", "sign"))
+
+    def counts(self, outputs: Sequence[int]) -> Counts:
+        """Members of each layer that see each example, for layers of so many outputs.
+
+        Raises PopulationError where they cannot be shared out.
+        """
+        most = [self._signs * most_rows(count) for count in outputs]
+        if isinstance(self.population, int):
+            return list(enumerate(share(self.population, most, self._signs)))
+        typed = "+".join(map(str, self.population))
+        if len(self.population) != len(outputs):
+            raise PopulationError(
+                f"population {typed} names {len(self.population)} layers, and {len(outputs)} evolve"
+            )
+        possible = [min(count, limit) for count, limit in zip(self.population, most, strict=True)]
+        if possible != list(self.population):
+            raise PopulationError(
+                f"population {typed} is more than the layers have orthogonal members "
+                f"(try {'+'.join(map(str, possible))})"
+            )
+        return list(enumerate(self.population))
+
+    @property
+    def _signs(self) -> int:
+        """Members for each draw of the noise."""
+        return 2 if self.antithetic else 1
+
+    def block_size(self, device: torch.device) -> int:
+        """Members of a whole block."""
+        return self.cpu_block if device.type == "cpu" else GPU_BLOCK
+
+    # ---- what a member adds ----
+
+    def shared(self, step: Step, layer: int) -> dict[str, Tensor]:
+        """Noise that all blocks of a layer share, drawn once a step: all rows of a Hadamard matrix
+        in random order, rows (., O), and for the layer's k-th call random column signs, d{k}
+        (B, ..., O), and the perturbation's size, c{k}."""
+        if layer in step.shared:
+            return step.shared[layer]
+        generator, outputs = step.keys.generator(layer, shared=True), len(step.weights[layer])
+        calls = _calls_of(step, layer)
+        dtype = calls[0].y.dtype
+        noise = {"rows": orthogonal_rows(outputs, generator, dtype)}
+        for k, call in enumerate(calls):
+            noise[f"d{k}"] = signs(call.y.shape[1:], generator, dtype)
+            noise[f"c{k}"] = self._size(call)
+        step.shared[layer] = noise
+        return noise
+
+    def _size(self, call: Call) -> Tensor:
+        """How far a member moves what it adds A to, 0-d: sigma times the root of the mean of
+        |x|^2, so that sigma means what it means for BatchMembers."""
+        if call.x.dtype == torch.int8:
+            return int8.perturbation_size(call.x, self.sigma)
+        mean = call.x.square().sum(-1).mean() + (call.bias is not None)
+        return self.sigma * mean.sqrt()
+
+    def draw(self, step: Step, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """Of the blocks' P members: rows (P, O), and for the layer's k-th call u{k} (P, B, ...), the
+        size of the perturbation with a random sign, and d{k} (B, ..., O)."""
+        layer = blocks[0].layer
+        shared, calls = self.shared(step, layer), _calls_of(step, layer)
+        noise = {"rows": shared["rows"][self._rows(step, blocks)]}
+        drawn = [self._signs_of_block(step, block, calls) for block in blocks]
+        for k, parts in enumerate(zip(*drawn, strict=True)):
+            noise[f"u{k}"] = _joined(parts) * shared[f"c{k}"]
+            noise[f"d{k}"] = shared[f"d{k}"]
+        return noise
+
+    def _rows(self, step: Step, blocks: Sequence[Block]) -> Tensor | slice:
+        """Which rows of the layer the blocks' members have: twins share one."""
+        size = self.block_size(step.keys.device)
+        start = blocks[0].number * size // self._signs
+        stop = start + sum(map(len, blocks)) // self._signs
+        if not self.antithetic:
+            return slice(start, stop)
+        return torch.arange(start, stop, device=step.keys.device).repeat_interleave(2)
+
+    def _signs_of_block(self, step: Step, block: Block, calls: Sequence[Call]) -> list[Tensor]:
+        """For each call (P, B, ...); whole blocks are drawn."""
+        generator = step.keys.generator(block.layer, block.number)
+        whole, drawn = self.block_size(step.keys.device) // self._signs, []
+        for call in calls:
+            xi = signs((whole, *call.y.shape[1:-1]), generator, call.y.dtype)
+            xi = torch.stack([xi, -xi], 1).flatten(0, 1) if self.antithetic else xi
+            drawn.append(xi[: len(block)])
+        return drawn
+
+    def add(
+        self,
+        noise: dict[str, Tensor],
+        call: int,  # of this layer
+        index: int,
+        bias: int | None,
+        x: Tensor,
+        y: Tensor,  # (P, B, ..., O) or (1, B, ..., O): the unperturbed product
+    ) -> Tensor:
+        """y plus each member's term, u A with A = d * row, (P, B, ..., O)."""
+        u, rows = noise[f"u{call}"], noise["rows"]
+        rows = rows.view(len(rows), *[1] * (y.dim() - 2), -1)
+        return torch.addcmul(y, u.unsqueeze(-1) * noise[f"d{call}"], rows)
+
+    # ---- what its score says ----
+
+    def gradients(
+        self, step: Step, scores: Tensor, blocks: Sequence[Block]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Ascent direction of every weight, (O, I), and bias, (O,), from scores (P, B).
+
+        delta = mean over members of (s - s0) u A / u^2 is on average the derivative of an example's
+        fitness in what the layer wrote for it; the weights follow by an outer product with what it
+        read. Source: docs/method.md.
+        """
+        on_weights = [torch.zeros_like(weight) for weight in step.weights]
+        on_biases = [torch.zeros_like(bias) for bias in step.biases]
+        change = scores - step.baseline
+        for of_layer in grouped(blocks, len(blocks)):
+            layer, shared = of_layer[0].layer, self.shared(step, of_layer[0].layer)
+            noise = self.draw(step, of_layer)
+            own = change[of_layer[0].start : of_layer[-1].stop]
+            for k, call in enumerate(_calls_of(step, layer)):
+                if self.shaping == "sign":
+                    own = own.sign() * shared[f"c{k}"]
+                parts = (noise["rows"], noise[f"u{k}"], noise[f"d{k}"], shared[f"c{k}"])
+                if call.x.dtype == torch.int8:
+                    on_weights[layer] = int8.layer_gradient(call.x, own, *parts)
+                    continue
+                delta = self._delta(own, *parts)
+                x = call.x.reshape(len(delta), -1)
+                on_weights[layer].addmm_(delta.T, x, alpha=1 / scores.shape[1])
+                for bias, total in zip(step.biases, on_biases, strict=True):
+                    if call.bias is bias:
+                        total.add_(delta.sum(0), alpha=1 / scores.shape[1])
+        return on_weights, on_biases
+
+    def _delta(self, change: Tensor, rows: Tensor, u: Tensor, d: Tensor, c: Tensor) -> Tensor:
+        """Derivative of each example's fitness in each of its rows of outputs, (B * ..., O)."""
+        # c = 0, a batch of blanks, gives a gradient of 0
+        unit = (c.square() * len(rows)).clamp_min(torch.finfo(c.dtype).tiny)
+        weighted = change.view(*change.shape, *[1] * (u.dim() - 2)) * u
+        return (weighted.flatten(1).T @ rows) * d.flatten(0, -2) / unit
+
+
+def share(population: int, most: Sequence[int], unit: int) -> list[int]:
+    """Members of each layer: equal numbers in multiples of `unit`, up to each layer's most; what is
+    left over goes to the others. Raises PopulationError where a layer would have none."""
+    if population < unit * len(most):
+        raise PopulationError(
+            f"population {population} leaves some of the {len(most)} layers without a member "
+            f"(try {unit * len(most)})"
+        )
+    counts, left = [0] * len(most), min(population, sum(most))
+    while left >= unit:
+        waiting = [i for i, limit in enumerate(most) if counts[i] < limit]
+        each = max(left // len(waiting) // unit * unit, unit)
+        for i in waiting:
+            more = min(each, most[i] - counts[i], left)
+            counts[i], left = counts[i] + more, left - more
+    return counts
+
+
+def _check(members: "BatchMembers | ExampleMembers", shapings: Sequence[str]) -> None:
+    """Raises PopulationError for what neither kind can be."""
+    counts = members.population if isinstance(members.population, tuple) else (members.population,)
+    for count in counts:
+        if count < 1:
+            raise PopulationError(f"population {count} is below 1 (try 2)")
+        if members.antithetic and count % 2:
+            raise PopulationError(
+                f"population {count} is odd; antithetic pairs need an even number (try {count + 1})"
+            )
+    if not members.sigma > 0:
+        raise PopulationError(f"sigma {members.sigma} is not above 0 (try 0.02)")
+    if members.shaping not in shapings:
+        raise PopulationError(
+            f"shaping {members.shaping} is not for {type(members).__name__} "
+            f"(try {', '.join(shapings)})"
+        )
+
+
+def _calls_of(step: Step, layer: int) -> list[Call]:
+    return [call for call in step.calls if call.index == layer]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _project_shared(x: Tensor, b: Tensor, draws: int) -> Tensor:
+    """x b^T for x (rows, I) and b (N, R, I): (N, rows, R), one product for so many draws.
+
+    A product's rounding may depend on its shape, and the chunk size must not change a bit.
+    """
+    parts = [part.flatten(0, 1) @ x.T for part in b.split(draws)]
+    return torch.cat(parts).unflatten(0, b.shape[:2]).transpose(1, 2)
+
+
+def _project_own(x: Tensor, b: Tensor) -> Tensor:
+    """x b^T for x (P, rows, I) and b (P, R, I): (P, rows, R)."""
+    if torch.compiler.is_compiling():  # a sum of products fuses with what comes before it
+        return torch.stack([(x * row.unsqueeze(1)).sum(-1) for row in b.unbind(1)], -1)
+    return torch.bmm(x, b.mT)
+
+
+def _outer(u: Tensor, a: Tensor) -> Tensor:
+    """u a for u (P, rows, R) and a (P, R, O): (P, rows, O)."""
+    if torch.compiler.is_compiling():
+        return sum(u[..., r, None] * a[:, None, r] for r in range(a.shape[1]))
+    return torch.bmm(u, a)
