@@ -1,24 +1,22 @@
 """Evaluate the weights that a run left behind, float32 or int8, on the test set of its dataset.
 
-python evaluate.py results/latest/eggroll-per-example-int8/seed0
+python evaluate.py results/latest/eggroll-int8/seed0
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from eggroll import MLP
-from eggroll.integer import ONE, IntegerMLP
+from eggroll.int8 import INT8_SCALE, Int8MLP
 from lab import cli, data
 from lab.cli import DataFlags, PathFlag
-from lab.errors import UserError
 from lab.evaluation import measure
+from lab.network import start_from
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,24 @@ class Config:
     """Folder in torchvision's layout (default: $MNIST_DIR, else data)."""
 
 
-def load_network(folder: Path) -> nn.Module:
+def load_network(folder: Path, flags: dict[str, Any]) -> nn.Module:
     """The run's network with its weights. Raises UserError where they cannot be read."""
-    path = folder / "model.safetensors"
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
-    flags = cli.read_saved_config(folder)["flags"]
-    # a run may be older than a flag
-    shape = ("hidden_dim", "activation", "active_units", "binary_weights", "bias")
-    network: nn.Module = MLP(**{name: flags[name] for name in shape if name in flags})
-    if weights["layers.0.weight"].dtype == torch.int8:
-        network = IntegerMLP(network)
-    network.load_state_dict(weights)
+    options = {name: flags[name] for name in ("hidden_dim", "activation", "bias")}
+    network: nn.Module = MLP(**options)
+    if flags.get("dtype") == "int8":
+        network = Int8MLP(network)
+    start_from(folder / "model.safetensors", network)
     return network
 
 
 def main() -> None:
     config = tyro.cli(Config, config=cli.MARKERS, description=__doc__.splitlines()[0])
-    network = load_network(config.folder)
     flags = cli.read_saved_config(config.folder)["flags"]
+    network = load_network(config.folder, flags)
     of_run = DataFlags(flags["dataset"], config.data_dir, flags["train_on_all"])
     digits = data.load_for(of_run, torch.device("cpu"))
-    if isinstance(network, IntegerMLP):
-        digits = data.quantised(digits, ONE)
+    if isinstance(network, Int8MLP):
+        digits = data.quantised(digits, INT8_SCALE)
     accuracy, nats = measure(network, digits, digits.test)
     print(f"test accuracy {accuracy:.2%}, cross-entropy {nats:.4f} nats, on {digits.name}")
 

@@ -64,7 +64,9 @@ class MLP(nn.Module):
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation {activation!r} is not known (try {', '.join(ACTIVATIONS)})")
+            raise ValueError(
+                f"activation {activation!r} is not known (try {', '.join(ACTIVATIONS)})"
+            )
         self.activation = ACTIVATIONS[activation]
         sizes = [in_features, hidden_dim, hidden_dim, out_features]
         self.layers = nn.ModuleList(nn.Linear(i, o, bias=bias) for i, o in pairwise(sizes))

@@ -1,162 +1,79 @@
-"""Any signal, any component: the rows, table and figure that ./run_experiments.sh --all adds.
+"""The figure of what --all adds: test accuracy by activation and by fitness, for each method."""
 
-Networks that backprop has no gradient for, and scores that are no loss, each by every method that
-can be asked. Everything lies in the folder any-signal of the experiment's own, so that its summary
-stays what it is.
-
-python -m lab.any_signal results/latest                      the table and the figure again
-python -m lab.any_signal publish results/latest DESTINATION  copies what is worth committing
-"""
-
-import shutil
-import statistics
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.cli import run_script
-from lab.errors import UserError
-from lab.report import COMMITTED, mean_and_deviation, read_summary
-from lab.runlog import SUMMARY_KEYS, write_csv, write_text
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-FOLDER = "any-signal"
+from lab.plots import NAMES, STYLE, colour, save
 
-
-@dataclass(frozen=True)
-class Row:
-    """One bar of the comparison: what is varied, and how it is trained.
-
-    panel  the part of the figure: "activation", "fitness" or "members"
-    base   one of the methods of lab.experiments
-    flags  on top of that method's; an option with a value is one word, with =
-    """
-
-    panel: str
-    label: str
-    base: str
-    flags: tuple[str, ...]
-
-    def folder(self, experiment: Path, seed: int) -> Path:
-        return experiment / FOLDER / self.panel / self.label / self.base / f"seed{seed}"
-
-    def flags_for(self, quick: bool) -> list[str]:
-        """The row's flags; how much is trained is left to --quick where it is typed."""
-        sizes = ("--epochs=", "--population=")
-        return [flag for flag in self.flags if not (quick and flag.startswith(sizes))]
-
-
-def rows() -> list[Row]:
-    """Every row, in the order of the table."""
-    found = []
-    for name in ("gelu", "relu", "int8-round", "argmax-k", "step", "sign"):
-        for base in ("backprop", "eggroll-per-example"):
-            found.append(Row("activation", name, base, (f"--activation={name}", *EPOCHS)))
-    for base in ("backprop", "eggroll-per-example"):
-        found.append(Row("activation", "binary weights", base, ("--binary-weights", *EPOCHS)))
-    for label, fitness in FITNESSES.items():
-        own = (f"--fitness={fitness}",)
-        if label == "cross-entropy":
-            found.append(Row("fitness", label, "backprop", EPOCHS))
-            found.append(Row("fitness", label, "eggroll-per-example", EPOCHS))
-        elif label in BY_EXAMPLE:
-            found.append(Row("fitness", label, "eggroll-per-example", (*own, *HITS, *EPOCHS)))
-        found.append(Row("fitness", label, "eggroll", (*own, *ONE_SCORE)))
-    for label in ("low-rank", "full-rank"):
-        flags = (f"--perturbation={label}", "--population=128", "--lr=0.01", "--epochs=1")
-        found.append(Row("members", label, "eggroll", flags))
-    return found
-
-
-EPOCHS = ("--epochs=2",)
-FITNESSES = {
-    "cross-entropy": "cross-entropy",
-    "accuracy": "accuracy",
-    "costly confusion": "examples/costly_confusion.py:minus_cost",
-    "macro-F1": "examples/macro_f1.py:macro_f1",
-    "external program": "examples/external_program.py:verdict",
+PANELS = {  # title, and the label of a network that differs in nothing else
+    "by activation (no gradient passes the last four)": "gelu",
+    "by fitness (backprop needs a loss)": "cross-entropy",
 }
-BY_EXAMPLE = ("accuracy", "costly confusion")
-# Scores that are counts: members must change an answer before they are told apart, and from a head
-# of zeros every class is answered at the start: one that no member answers is never credited
-HITS = ("--init=zero-head", "--noise=gaussian", "--sigma=0.02", "--optimizer=adam", "--lr=0.001")
-ONE_SCORE = ("--population=256", "--sigma=0.05", "--lr=0.01", "--epochs=1")
+ACTIVATIONS = ("gelu", "relu", "int8-round", "argmax-k", "step", "sign")
+ROOM = (-4, 108)  # per cent, with space for the numbers beside the marks
+
+Summaries = Sequence[Mapping[str, Any]]
 
 
-def write_report(experiment: Path) -> tuple[str, list[Path]]:
-    """summary.csv, summary.md and the figure of all finished rows: the table, what was written.
-
-    Raises UserError where none is finished.
-    """
-    from lab.any_signal_figure import draw
-
-    found = [record for row in rows() for record in finished(row, experiment)]
-    if not found:
-        raise UserError(f"no finished run in {experiment / FOLDER} (./run_experiments.sh --all)")
-    folder = experiment / FOLDER
-    write_csv(folder / "summary.csv", found, ("panel", "label", *SUMMARY_KEYS))
-    table = markdown_table(found)
-    write_text(folder / "summary.md", f"# Any signal, any component\n\n{table}")
-    return table, [folder / "summary.csv", folder / "summary.md", *draw(found, folder)]
-
-
-def finished(row: Row, experiment: Path) -> list[dict[str, Any]]:
-    """Summaries of the row's seeds, with the row's panel and label."""
-    paths = sorted(row.folder(experiment, 0).parent.glob("seed*/summary.json"))
-    summaries = [read_summary(path.parent) for path in paths]
-    place = {"panel": row.panel, "label": row.label}
-    return [place | summary for summary in summaries if summary["status"] == "finished"]
-
-
-def markdown_table(found: Sequence[dict[str, Any]]) -> str:
-    """One line for each panel, label and method: mean and deviation over the seeds."""
-    lines = [
-        "| what | with | method | population | epochs | seeds | test accuracy | training time |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for (panel, label, method), group in grouped(found).items():
-        first, accuracy = group[0], mean_and_deviation([s["test_accuracy"] for s in group])
-        seconds = statistics.median(s["train_seconds"] for s in group)
-        cells = (panel, label, method, f"{first['population']:,}" if first["population"] else "")
-        cells += (str(first["epochs"]), str(len(group)), accuracy, f"{seconds:,.1f} s")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def draw(summaries: Summaries, folder: Path) -> list[Path]:
+    """any_signal.png and .svg: a mark for each label and method, the seeds' range as a bar."""
+    found = [dict(s) | {"label": s["row"].partition("+")[2]} for s in summaries]
+    panels = {title: [] for title in PANELS}
+    for (title, usual), activation in zip(PANELS.items(), (True, False), strict=True):
+        own = [s for s in found if s["label"] and (s["label"] in ACTIVATIONS) == activation]
+        methods = {s["method"] for s in own}
+        plain = [s | {"label": usual} for s in found if not s["label"] and s["method"] in methods]
+        panels[title] = plain + own
+    panels = {title: part for title, part in panels.items() if part}
+    heights = [len({s["label"] for s in part}) + 0.5 for part in panels.values()]
+    with plt.rc_context(STYLE):
+        size = (9, 0.42 * sum(heights) + 0.5 * len(panels) + 1.6)
+        figure, grid = plt.subplots(
+            len(panels), figsize=size, layout="constrained", height_ratios=heights, sharex=True,
+            squeeze=False,
+        )  # fmt: skip
+        for axes, (title, part) in zip(grid[:, 0], panels.items(), strict=True):
+            draw_panel(axes, part)
+            axes.set_title(title, loc="left", fontsize=12)
+        axes.set(xlim=ROOM, xlabel="test accuracy (%)", xticks=range(0, 101, 20))
+        where = " + ".join(sorted({s["dataset"] for s in found}))
+        figure.suptitle(f"Any signal, any component: test accuracy on {where}", fontsize=14)
+        methods = dict.fromkeys(s["method"] for part in panels.values() for s in part)
+        marks = [Line2D([], [], color=colour(m), marker="o", ms=9, lw=0) for m in methods]
+        names = [NAMES.get(method, method) for method in methods]
+        figure.legend(marks, names, loc="outside lower center", ncols=2)
+        return save(figure, folder, "any_signal")
 
 
-def grouped(found: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """The summaries of each panel, label and method."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for summary in found:
-        key = (summary["panel"], summary["label"], summary["method"])
-        groups.setdefault(key, []).append(summary)
-    return groups
+def draw_panel(axes: Axes, part: Summaries) -> None:
+    """One line per label, from the worst method's mark to the best's."""
+    labels = list(dict.fromkeys(s["label"] for s in part))
+    for place, label in enumerate(labels):
+        seeds: dict[str, list[float]] = {}
+        for summary in part:
+            if summary["label"] == label:
+                seeds.setdefault(summary["method"], []).append(100 * summary["test_accuracy"])
+        means = {method: float(np.mean(own)) for method, own in seeds.items()}
+        ends = min(means.values()), max(means.values())
+        axes.hlines(place, *ends, color="#c8c8c8", lw=2, zorder=1)
+        for method, own in seeds.items():
+            axes.hlines(place, min(own), max(own), color=colour(method), lw=5, alpha=0.4)
+            mark(axes, place, means[method], colour(method), best=means[method] == ends[1])
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
 
 
-def publish(experiment: Path, destination: Path) -> None:
-    """Copy the rows' records (no checkpoints, no weights) and their report."""
-    _, paths = write_report(experiment)
-    for row in rows():
-        for run in row.folder(experiment, 0).parent.glob("seed*"):
-            paths += [run / name for name in COMMITTED if (run / name).exists()]
-    for path in paths:
-        target = destination / path.relative_to(experiment)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-
-
-def main(args: Sequence[str]) -> None:
-    match list(args):
-        case ["publish", source, destination]:
-            publish(Path(source), Path(destination))
-        case [folder]:
-            table, paths = write_report(Path(folder))
-            print(table)
-            print("\n".join(map(str, paths)))
-        case _:
-            raise UserError("type: python -m lab.any_signal FOLDER | publish FROM TO")
-
-
-if __name__ == "__main__":
-    run_script(partial(main, sys.argv[1:]), "lab.any_signal", errors=())
+def mark(axes: Axes, place: int, mean: float, paint: str, best: bool) -> None:
+    """A dot with its number: the best's to the right, the others' to the left."""
+    axes.plot(mean, place, "o", ms=9, color=paint)
+    axes.annotate(
+        f"{mean:.1f}", (mean, place), (9 if best else -9, 0), textcoords="offset points",
+        va="center", ha="left" if best else "right", color=paint, fontweight="bold", fontsize=10,
+    )  # fmt: skip

@@ -3,20 +3,18 @@
 usage: ./run_experiments.sh [--quick] [--all] [any flag of the two scripts]
 
   --quick       everything in about a minute, to see that it works
-  --all         afterwards also networks without a gradient (activations, binary weights), scores
-                that are no loss, and members of full rank: a quarter of an hour more on
-                a CPU, in the folder any-signal with a table and a figure of its own
+  --all         also networks without a gradient and scores that are no loss, with a figure of
+                their own: about a quarter of an hour more on a CPU
   --help        this text
 
-Flags that both scripts have (--epochs, --dataset, --hidden-dim, --device, ...) go to both, the
-others to mnist_eggroll.py alone. For what they mean: python mnist_eggroll.py --help
-Methods: backprop; eggroll-per-example, EGGROLL with per-example credit; eggroll, the paper's
-estimator in the few minutes that it gets on a CPU; eggroll-tools, the same with what makes one
-score per member go further; eggroll-per-example-int8 and eggroll-int8, both in integers alone.
+A flag goes to the methods where it has an effect. What they mean: python mnist_eggroll.py --help
+Methods: backprop; eggroll, with example members; eggroll-int8, the same in integers alone;
+eggroll-batch, with batch members as in the paper, in the few minutes that they get on a CPU;
+eggroll-batch-one-layer, whose batch members perturb one layer each.
 
 Environment:
   SEEDS         which seeds to run (default: "0 1 2" on a GPU, "0" on a CPU)
-  METHODS       which methods to run (default: backprop, eggroll-per-example, eggroll)
+  METHODS       which methods to run (default: backprop, eggroll, eggroll-batch)
   MNIST_DIR     folder that holds MNIST/raw (default: data, downloaded if need be)
   RESULTS_DIR   where everything is written (default: results/latest)
 
@@ -27,10 +25,11 @@ Without MNIST and without a network, the 5,000 digits of mnist-sample are used, 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,30 +37,57 @@ from typing import Any
 import torch
 import tyro
 
-from lab import any_signal, data
-from lab.cli import MARKERS, SharedConfig, read_saved_config, run_script
+from lab import data
+from lab.cli import MARKERS, DataFlags, read_saved_config, run_script
 from lab.errors import Interrupted, UserError
 from lab.report import read_summary, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
+EGGROLL = "mnist_eggroll.py"
 COMMANDS = {
     "backprop": ["mnist_backprop.py"],
-    "eggroll-per-example": ["mnist_eggroll.py", "--estimator", "per-example"],
-    "eggroll-per-example-int8": ["mnist_eggroll.py", "--dtype", "int8"],
-    "eggroll-tools": ["mnist_eggroll.py", "--estimator", "population", "--preset", "tools"],
-    "eggroll": ["mnist_eggroll.py", "--estimator", "population"],
-    "eggroll-int8": ["mnist_eggroll.py", "--estimator", "population", "--dtype", "int8"],
+    "eggroll": [EGGROLL],
+    "eggroll-int8": [EGGROLL, "--dtype", "int8"],
+    "eggroll-batch": [EGGROLL, "--members", "batch"],
+    "eggroll-batch-one-layer": [EGGROLL, "--members", "batch", "--perturb", "one"],
 }
-USUAL = ("backprop", "eggroll-per-example", "eggroll")
+USUAL = ("backprop", "eggroll", "eggroll-batch")
+
+# What --all adds: rows named METHOD+VARIANT
+ACTIVATIONS = ("relu", "int8-round", "argmax-k", "step", "sign")
+for _name in ACTIVATIONS:
+    for _method in ("backprop", "eggroll"):
+        COMMANDS[f"{_method}+{_name}"] = [
+            *COMMANDS[_method],
+            "--activation",
+            _name,
+            "--epochs",
+            "2",
+        ]
+FITNESSES = {
+    "accuracy": "accuracy",
+    "macro-F1": "examples/macro_f1.py:macro_f1",
+    "priced-confusions": "examples/costly_confusion.py:minus_cost",
+    "external-program": "examples/external_program.py:verdict",
+}
+for _name, _fitness in FITNESSES.items():
+    COMMANDS[f"eggroll-batch+{_name}"] = [
+        *COMMANDS["eggroll-batch"], "--fitness", _fitness, "--epochs", "1",
+        "--population", "256", "--sigma", "0.05", "--lr", "0.01",
+    ]  # fmt: skip
+
 INSTEAD = {  # flags that this command sets for each run, and what to type for them
-    "--estimator": 'METHODS="backprop eggroll" ./run_experiments.sh',
-    "--preset": 'METHODS="backprop eggroll-tools" ./run_experiments.sh',
+    "--members": 'METHODS="eggroll eggroll-batch" ./run_experiments.sh',
+    "--perturb": 'METHODS="eggroll-batch-one-layer" ./run_experiments.sh',
+    "--dtype": 'METHODS="eggroll-int8" ./run_experiments.sh, or python mnist_eggroll.py',
     "--seed": 'SEEDS="0 1 2" ./run_experiments.sh',
     "--out-dir": "RESULTS_DIR=folder ./run_experiments.sh",
     "--resume": "./run_experiments.sh, which goes on by itself",
     "--overwrite": "RESULTS_DIR=folder ./run_experiments.sh",
     "--print-config": "python mnist_eggroll.py --print-config",
 }
+NO_EFFECT = re.compile(r"error: --(?:no-)?([a-z-]+)\S*( \S+)? has no effect")
+UNKNOWN = re.compile(r"Unrecognized options: +--(?:no-)?([a-z-]+)")
 
 
 def main() -> None:
@@ -73,18 +99,16 @@ def main() -> None:
         if given(flag, args):
             raise UserError(f"{flag} is set here for each run (type {instead})")
     folder = Path(os.environ.get("RESULTS_DIR", "results/latest"))
-    experiment(args, folder, everything="--all" in sys.argv[1:])
+    experiment(args, folder, chosen_methods(everything="--all" in sys.argv[1:]))
 
 
-def experiment(args: list[str], folder: Path, everything: bool) -> None:
+def experiment(args: list[str], folder: Path, methods: Sequence[str]) -> None:
     """Every run that is not finished yet, then the report."""
-    shared, eggroll_only = split_flags(args)
-    common = [*dataset_flags(shared, given("--dataset", args)), "--train-on-all"]
-    methods = chosen_methods()
-    flags = dict.fromkeys(methods, args + common)
-    if "backprop" in methods:
-        flags["backprop"] = without(args, eggroll_only) + common
-    settings = {method: resolved_flags(method, typed) for method, typed in flags.items()}
+    common = [*args, *dataset_flags(args), "--train-on-all"]
+    flags, settings = {}, {}
+    for method in methods:
+        flags[method], settings[method] = flags_with_effect(method, common)
+    check_that_all_are_used(args, flags)
     seeds = chosen_seeds(on_gpu=settings[methods[0]]["device"] != "cpu")
     move_aside_other_settings(folder, settings)
     for seed in seeds:
@@ -93,64 +117,19 @@ def experiment(args: list[str], folder: Path, everything: bool) -> None:
     table, paths = write_report(folder)
     print(f"\n{table}")
     print("\n".join(map(str, paths)))
-    if everything:
-        typed = {"backprop": without(args, eggroll_only) + common}
-        experiment_with_any_signal(lambda method: typed.get(method, args + common), seeds, folder)
-
-
-def experiment_with_any_signal(
-    typed: Callable[[str], list[str]], seeds: Sequence[int], folder: Path
-) -> None:
-    """The rows of lab.any_signal that are not finished yet, with these flags for each method."""
-    todo = []
-    for row in any_signal.rows():
-        flags = typed(row.base)
-        flags = [*flags, *row.flags_for(given("--quick", flags))]
-        for seed in seeds:
-            todo.append((row.base, [*flags, "--seed", str(seed)], row.folder(folder, seed)))
-    if any(made_otherwise(*each) for each in todo):
-        move_aside(folder / any_signal.FOLDER)
-    for each in todo:
-        run(*each)
-    table, paths = any_signal.write_report(folder)
-    print(f"\n{table}")
-    print("\n".join(map(str, paths)))
-
-
-def made_otherwise(method: str, typed: Sequence[str], folder: Path) -> bool:
-    """Whether the folder holds a run that another command made."""
-    if not (folder / "config.json").exists():
-        return False
-    own = [*COMMANDS[method][1:], *typed]
-    return read_saved_config(folder)["command"][: len(own)] != own
 
 
 def given(flag: str, args: Sequence[str]) -> bool:
     return any(arg.split("=")[0].replace("_", "-") == flag for arg in args)
 
 
-def split_flags(args: Sequence[str]) -> tuple[SharedConfig, list[str]]:
-    """The shared flags, and the arguments that only EGGROLL can know."""
-    return tyro.cli(SharedConfig, args=args, config=MARKERS, return_unknown_args=True)
-
-
-def without(args: Sequence[str], left_out: Sequence[str]) -> list[str]:
-    """`args` less a subsequence of them."""
-    pending, kept = list(left_out), []
-    for arg in args:
-        if pending and arg == pending[0]:
-            pending.pop(0)
-        else:
-            kept.append(arg)
-    return kept
-
-
-def dataset_flags(shared: SharedConfig, chosen: bool) -> list[str]:
+def dataset_flags(args: Sequence[str]) -> list[str]:
     """Nothing where the dataset is at hand; else, and loudly, the sample that needs no network."""
+    flags, _ = tyro.cli(DataFlags, args=args, config=MARKERS, return_unknown_args=True)
     try:
-        data.load_for(shared.data, torch.device("cpu"))
+        data.load_for(flags, torch.device("cpu"))
     except data.DataMissing as missing:
-        if chosen:
+        if given("--dataset", args):
             raise
         rule = "!" * 78
         print(f"{rule}\n{missing}\n", file=sys.stderr)
@@ -168,13 +147,41 @@ def command_of(method: str) -> list[str]:
     return [sys.executable, str(ROOT / script), *flags]
 
 
-def resolved_flags(method: str, typed: Sequence[str]) -> dict[str, Any]:
-    """Every flag as the script would use it. Ends with the script's own message if one is wrong."""
-    command = [*command_of(method), *typed, "--print-config"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return json.loads(done.stdout)
+def flags_with_effect(method: str, args: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """`args` less what has no effect on this method, and every flag as its script would use it.
+
+    Ends with the script's own message for a flag that is wrong.
+    """
+    while True:
+        command = [*command_of(method), *args, "--print-config"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return args, json.loads(done.stdout)
+        refused = NO_EFFECT.search(done.stderr) or UNKNOWN.search(done.stdout + done.stderr)
+        shorter = without(args, refused[1]) if refused else args
+        if shorter == args:
+            print(done.stdout + done.stderr, file=sys.stderr, end="")
+            raise SystemExit(done.returncode)
+        args = shorter
+
+
+def without(args: Sequence[str], name: str) -> list[str]:
+    """`args` less a flag and its values."""
+    kept, dropping = [], False
+    for arg in args:
+        if arg.startswith("--"):
+            bare = arg.split("=")[0].replace("_", "-").removeprefix("--")
+            dropping = bare.removeprefix("no-") == name
+        if not dropping:
+            kept.append(arg)
+    return kept
+
+
+def check_that_all_are_used(args: Sequence[str], flags: dict[str, list[str]]) -> None:
+    """Raises UserError for a flag that none of the methods takes."""
+    for arg in args:
+        if arg.startswith("--") and not any(arg in taken for taken in flags.values()):
+            raise UserError(f"{arg} has no effect on {', '.join(flags)} (leave it out)")
 
 
 def chosen_seeds(on_gpu: bool) -> list[int]:
@@ -185,12 +192,13 @@ def chosen_seeds(on_gpu: bool) -> list[int]:
         raise UserError(f'SEEDS={text} is no list of whole numbers (type SEEDS="0 1 2")') from error
 
 
-def chosen_methods() -> list[str]:
+def chosen_methods(everything: bool) -> list[str]:
     methods = (os.environ.get("METHODS") or " ".join(USUAL)).split()
     for method in methods:
         if method not in COMMANDS:
             raise UserError(f"METHODS names {method} (there are: {', '.join(COMMANDS)})")
-    return methods
+    more = [method for method in COMMANDS if "+" in method] if everything else []
+    return list(dict.fromkeys([*methods, *more]))
 
 
 def move_aside_other_settings(folder: Path, settings: dict[str, dict]) -> None:
@@ -199,17 +207,13 @@ def move_aside_other_settings(folder: Path, settings: dict[str, dict]) -> None:
         for run_folder in folder.glob(f"{method}/seed*"):
             if not (run_folder / "config.json").exists() or same_settings(run_folder, wanted):
                 continue
-            move_aside(folder)
+            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            aside = folder.with_name(f"{folder.name}_until_{stamp}")
+            while aside.exists():  # moved twice within a second
+                aside = aside.with_name(f"{aside.name}_")
+            folder.rename(aside)
+            print(f"{folder} held runs made with other flags; they are in {aside} now")
             return
-
-
-def move_aside(folder: Path) -> None:
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    aside = folder.with_name(f"{folder.name}_until_{stamp}")
-    while aside.exists():  # moved twice within a second
-        aside = aside.with_name(f"{aside.name}_")
-    folder.rename(aside)
-    print(f"{folder} held runs made with other flags; they are in {aside} now")
 
 
 def same_settings(run_folder: Path, wanted: dict[str, Any]) -> bool:

@@ -19,19 +19,17 @@ from lab.runlog import write_atomically
 
 NAMES = {
     "backprop": "backprop",
-    "eggroll-per-example": "EGGROLL, per-example credit",
-    "eggroll-per-example-int8": "EGGROLL, per-example credit, int8",
-    "eggroll-tools": "EGGROLL, paper's estimator, with tools",
-    "eggroll": "EGGROLL, paper's estimator",
-    "eggroll-int8": "EGGROLL, paper's estimator, int8",
+    "eggroll": "EGGROLL, example members",
+    "eggroll-int8": "EGGROLL, example members, int8",
+    "eggroll-batch": "EGGROLL, batch members",
+    "eggroll-batch-one-layer": "EGGROLL, batch members of one layer",
 }
 COLOURS = {
     "backprop": "#2f6db3",
-    "eggroll-per-example": "#3a9a5b",
-    "eggroll-per-example-int8": "#1f8f8f",
-    "eggroll-tools": "#8a5fb8",
     "eggroll": "#e07b26",
     "eggroll-int8": "#b58900",
+    "eggroll-batch": "#3a9a5b",
+    "eggroll-batch-one-layer": "#8a5fb8",
 }
 OTHERS = ("#b0413e", "#6b6b6b")  # for methods that are added
 
@@ -58,9 +56,8 @@ Curves = Mapping[str, Sequence[Rows]]  # method -> one list of metrics.csv rows 
 
 # Columns that runs in int8 have, and what they are
 INTEGERS = {
-    "saturated_activations": "activations at the end of int8",
     "saturated_weights": "weights at the end of int8",
-    "weights_moved": "weights moved in a step",
+    "weights_updated": "weights updated in a step",
 }
 
 
@@ -90,9 +87,9 @@ def draw_all(curves: Curves, summaries: Sequence[Mapping[str, Any]], folder: Pat
             ("accuracy_by_epoch", "epoch", "epoch", False),
             ("accuracy_by_seconds", "train_seconds", "seconds of training (log scale)", True),
             (
-                "accuracy_by_examples",
-                "examples_forwarded",
-                "examples forwarded, all members counted (log scale)",
+                "accuracy_by_forward_passes",
+                "forward_passes_per_image",
+                "forward passes per image, all members counted (log scale)",
                 True,
             ),
         )
@@ -102,7 +99,7 @@ def draw_all(curves: Curves, summaries: Sequence[Mapping[str, Any]], folder: Pat
             paths += save(figure, folder, name)
         paths += save(fitness_figure(curves, f"Training fitness on {where}"), folder, "fitness")
         paths += save(cost_figure(summaries, where), folder, "time_and_memory")
-        integers = {m: seeds for m, seeds in curves.items() if "weights_moved" in seeds[0][-1]}
+        integers = {m: seeds for m, seeds in curves.items() if "weights_updated" in seeds[0][-1]}
         if integers:
             paths += save(integer_figure(integers, where), folder, "int8")
     return paths
@@ -151,7 +148,7 @@ def fitness_figure(curves: Curves, title: str) -> Figure:
 
 def integer_figure(curves: Curves, where: str) -> Figure:
     """What int8 loses by its narrow range, and how much of the network each step moves."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     for axes, (column, label) in zip(panels, INTEGERS.items(), strict=True):
         for method, seeds in curves.items():
             rows = [[row for row in one if row[column] is not None] for one in seeds]
@@ -167,7 +164,7 @@ def integer_figure(curves: Curves, where: str) -> Figure:
 
 def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
     """Seconds of training and peak memory of every method, as bars."""
-    methods = list(dict.fromkeys(s["method"] for s in summaries))
+    methods = list(dict.fromkeys(s["row"] for s in summaries))
     width = max(12, 3 * len(methods))  # names under the bars must not meet
     figure, both = plt.subplots(1, 2, figsize=(width, 5), layout="constrained")
     columns = (
@@ -176,7 +173,7 @@ def cost_figure(summaries: Sequence[Mapping[str, Any]], where: str) -> Figure:
     )
     for axes, (column, label, text) in zip(both, columns, strict=True):
         for place, method in enumerate(methods):
-            values = [float(s[column]) for s in summaries if s["method"] == method]
+            values = [float(s[column]) for s in summaries if s["row"] == method]
             middle = float(np.median(values))
             axes.bar(place, middle, color=colour(method), width=0.6)
             if len(values) > 1:

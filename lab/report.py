@@ -23,26 +23,31 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "results" / "reference"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-METHOD_ORDER = ("backprop", "eggroll-per-example", "eggroll-per-example-int8")
-METHOD_ORDER += ("eggroll-tools", "eggroll", "eggroll-int8")
+METHOD_ORDER = ("backprop", "eggroll", "eggroll-int8", "eggroll-batch", "eggroll-batch-one-layer")
+COLUMNS = ("row", "fitness", *SUMMARY_KEYS)
 COMMITTED = ("config.json", "metrics.csv", "summary.json", "train.log")
 
 
 def finished_runs(folder: Path) -> list[Path]:
-    """Folders <method>/seed<k> that hold a finished run, by method and seed."""
+    """Folders <row>/seed<k> that hold a finished run, by row and seed. A row is a method, or
+    method+variant."""
     runs = [path.parent for path in folder.glob("*/seed*/summary.json")]
     finished = [run for run in runs if read_summary(run)["status"] == "finished"]
     return sorted(finished, key=lambda run: _order(read_summary(run)))
 
 
 def _order(summary: Mapping[str, Any]) -> tuple:
-    method = summary["method"]
-    known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-    return known, method, int(summary["seed"])
+    row = summary["row"]
+    known = METHOD_ORDER.index(row) if row in METHOD_ORDER else len(METHOD_ORDER)
+    return known, row, int(summary["seed"])
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
+    """summary.json with two columns before it: the row of the table, and the fitness."""
+    summary = json.loads((run / "summary.json").read_text())
+    flags = json.loads((run / "config.json").read_text())["flags"]
+    own = {"row": run.parent.name, "fitness": flags.get("fitness", "cross-entropy")}
+    return own | summary
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
@@ -54,46 +59,58 @@ def read_metrics(run: Path) -> list[dict[str, float | None]]:
 
 def write_report(folder: Path) -> tuple[str, list[Path]]:
     """summary.csv, summary.md and the plots of one experiment: the table, and what was written."""
-    from lab import plots
+    from lab import any_signal, plots
 
     runs = finished_runs(folder)
     if not runs:
         raise UserError(f"no finished run in {folder} (type ./run_experiments.sh to make some)")
     summaries = [read_summary(run) for run in runs]
-    write_csv(folder / "summary.csv", summaries, SUMMARY_KEYS)
+    write_csv(folder / "summary.csv", summaries, COLUMNS)
     table = markdown_table(summaries)
     dataset = " + ".join(sorted({s["dataset"] for s in summaries}))
     write_text(folder / "summary.md", f"# Results on {dataset}\n\n{table}")
     curves: dict[str, list] = {}
     for run, summary in zip(runs, summaries, strict=True):
-        curves.setdefault(summary["method"], []).append(read_metrics(run))
-    drawn = plots.draw_all(curves, summaries, folder)
+        curves.setdefault(summary["row"], []).append(read_metrics(run))
+    methods = [s for s in summaries if "+" not in s["row"]]
+    drawn = []
+    if methods:
+        curves = {row: seeds for row, seeds in curves.items() if "+" not in row}
+        drawn += plots.draw_all(curves, methods, folder)
+    if len(methods) < len(summaries):
+        drawn += any_signal.draw(summaries, folder)
     return table, [folder / "summary.csv", folder / "summary.md", *drawn]
 
 
 def markdown_table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """One row per method, dataset and device: mean and standard deviation over all seeds."""
+    """One line per row and device: mean and standard deviation over all seeds, medians of times.
+
+    Seconds to 97.5 % are training seconds at the first evaluation there; empty where a seed never
+    reaches it.
+    """
     header = (
-        "| method | dataset | population | epochs | seeds | test accuracy | training time | "
-        "over backprop's | peak memory | device |"
+        "| method | dataset | fitness | population | epochs | forward passes per image | seeds | "
+        "test accuracy | training time | over backprop's | to 97.5 % | peak memory | device |"
     )
-    lines = [header, "|---|---|---:|---:|---:|---:|---:|---:|---:|---|"]
+    lines = [header, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|"]
     for group in _groups(summaries):
         first = group[0]
-        same = [
-            s for s in summaries if s["method"] == "backprop" and _setting(s) == _setting(first)
-        ]
+        same = [s for s in summaries if s["row"] == "backprop" and _setting(s) == _setting(first)]
         seconds = _median(group, "train_seconds")
         ratio = f"{seconds / _median(same, 'train_seconds'):,.1f}x" if same else ""
+        to_goal = all(s["seconds_to_97_5"] for s in group)
         cells = (
-            first["method"],
+            first["row"],
             first["dataset"],
+            Path(first["fitness"]).name,
             f"{int(first['population']):,}" if first["population"] else "",
             str(first["epochs"]),
+            f"{float(first['forward_passes_per_image']):,.0f}",
             str(len(group)),
             mean_and_deviation([float(s["test_accuracy"]) for s in group]),
             f"{seconds:,.1f} s",
             ratio,
+            f"{_median(group, 'seconds_to_97_5'):,.1f} s" if to_goal else "",
             f"{_median(group, 'peak_memory_mb'):,.0f} MB",
             first["device"],
         )
@@ -108,7 +125,7 @@ def _setting(summary: Mapping[str, Any]) -> tuple:
 def _groups(summaries: Iterable[Mapping[str, Any]]) -> Iterable[list[Mapping[str, Any]]]:
     groups: dict[tuple, list] = {}
     for summary in summaries:
-        key = (summary["method"], *_setting(summary), summary["population"], summary["epochs"])
+        key = (summary["row"], *_setting(summary), summary["population"], summary["epochs"])
         groups.setdefault(key, []).append(summary)
     return groups.values()
 

@@ -43,7 +43,7 @@ def _float_is_faster() -> bool:
     x = torch.ones(256, 256, dtype=torch.int8)
 
     def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        return min(timeit.repeat(lambda: product(x, x.t()), number=1, repeat=3))
+        return min(timeit.repeat(lambda: product(x, x.t()), number=1, repeat=9))
 
     return seconds(float_matmul) < seconds(torch._int_mm)
 
