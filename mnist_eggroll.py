@@ -6,7 +6,7 @@ python mnist_eggroll.py --quick    # less than a minute on two cores
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,39 +23,35 @@ from eggroll import (
     cross_entropy,
 )
 from eggroll.compiled import choose_backend
-from eggroll.fused import MAX_HIDDEN
 from eggroll.fitness import Fitness
+from eggroll.fused import MAX_HIDDEN
 from eggroll.int8 import INT8_SCALE, Int8Accuracy, Int8CrossEntropy, Int8MLP, Int8SGD
 from eggroll.memory import keep_freed_memory
 from lab import cli, data, user_fitness
-from lab.cli import FitnessName, PopulationFlag, PresetFloat, PresetName, SharedConfig
+from lab.cli import BothWays, FitnessName, PopulationFlag, PresetFloat, SharedConfig, preset_name
 from lab.errors import UserError
 from lab.network import start_from
 from lab.optim import make_optimizer
 from lab.training import Training
-from lab.user_fitness import UserFitness
 
 # What runs where no flag says otherwise, by method. The learning rate follows the population (see
-# `learning_rate`). An epoch of mnist-sample is 32 steps, so it gets more of them.
+# `learning_rate`).
 EXAMPLE = {"sigma": 0.004, "antithetic": False, "shaping": "none", "temperature": 1.0}
 EXAMPLE |= {"label_smoothing": 0.1, "lr_schedule": "onecycle"}
 BATCH = {"sigma": 0.02, "antithetic": True, "shaping": "z-score", "temperature": 2.0}
 BATCH |= {"label_smoothing": 0.0, "lr_schedule": "linear"}
 PRESETS = {
-    "eggroll": EXAMPLE | {"population": "64+64+16"},
-    "eggroll-int8": EXAMPLE | {"population": "64+64+16", "sigma": 0.005},
-    "eggroll-batch": BATCH | {"population": "832"},
-    "eggroll-batch-one-layer": BATCH | {"population": "2560"},
+    "eggroll": EXAMPLE | {"population": "64+64+16", "epochs": 6},
+    "eggroll-int8": EXAMPLE | {"population": "64+64+16", "epochs": 10, "sigma": 0.005},
+    "eggroll-batch": BATCH | {"population": "832", "epochs": 3},
+    "eggroll-batch-one-layer": BATCH | {"population": "2560", "epochs": 10},
 }
+# populations of --quick, and on a GPU (not measured)
 QUICK = {"eggroll": "48", "eggroll-int8": "48", "eggroll-batch": "128"}
 QUICK |= {"eggroll-batch-one-layer": "384"}
-ON_A_GPU = {"eggroll": "256+256+16", "eggroll-batch": "4000"}  # populations; not measured yet
-EPOCHS = {
-    "eggroll": {"full": 6, "quick": 1, "full-sample": 30, "quick-sample": 10},
-    "eggroll-int8": {"full": 10, "quick": 1, "full-sample": 30, "quick-sample": 10},
-    "eggroll-batch": {"full": 3, "quick": 1, "full-sample": 30, "quick-sample": 10},
-    "eggroll-batch-one-layer": {"full": 10, "quick": 1, "full-sample": 30, "quick-sample": 10},
-}
+ON_A_GPU = {"eggroll": "256+256+16", "eggroll-batch": "4000"}
+# an epoch of mnist-sample is 32 steps, so it gets more of them
+EPOCHS = {"quick": 1, "full-sample": 30, "quick-sample": 10}
 # Units that jump answer in jumps: members must move far enough to flip some, to either side
 JUMPS = {"antithetic": True, "sigma": 0.045}
 BY_ACTIVATION = {"sign": JUMPS, "step": JUMPS, "argmax-k": JUMPS}
@@ -68,35 +64,29 @@ class EvolutionFlags:
     """The population, and how its fitness is read."""
 
     members: Literal["example", "batch"] = "example"
-    """batch: each sees the whole batch, as in the paper. example: each sees one example, which
-    takes far fewer forward passes."""
+    """batch: each sees the whole batch, as in the paper. example: each sees one example."""
     population: PopulationFlag = None
-    """Members that see each image; of example members also a count per layer (64+64+16)."""
+    """Members that see each image; of example members also a count per layer."""
     perturb: Literal["all", "one"] = "all"
-    """Layers that a batch member perturbs. (An example member always perturbs one.)"""
+    """Layers that a batch member perturbs. (An example member perturbs one.)"""
     rank: int = 1
     """Rank of a batch member's perturbation of a weight matrix."""
     sigma: PresetFloat = None
     """Scale of the perturbations, in the weights' own units."""
-    antithetic: Annotated[bool | None, PresetName] = None
-    """Members in pairs with signs + and -; otherwise compared with the unperturbed network."""
+    antithetic: BothWays = None
+    """Pairs with signs + and - (--no-antithetic: against the unperturbed network)."""
     fitness: FitnessName = "cross-entropy"
-    """Log-likelihood of the labels, hits alone, or a function of your own: outputs (P, B, 10),
-    labels (B,) -> scores (P, B), or (P,) for batch members; higher is better."""
+    """A function of your own: outputs (P, B, 10), labels (B,) -> scores (P, B) or (P,)."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
-    shaping: Annotated[Literal["z-score", "centered-rank", "sign", "none"] | None, PresetName] = (
-        None
-    )
-    """What is done to the scores; example members know none and sign (one vote per member)."""
+    shaping: preset_name("z-score", "centered-rank", "sign", "none") = None
+    """Of the scores; example members know none and sign (one vote per member)."""
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
-    """bfloat16: the forward of batch members. int8: weights, activations, noise and update of
-    example members. auto: bfloat16 for batch members on a GPU that has it, else float32."""
-    update: Annotated[Literal["error-feedback", "votes"] | None, PresetName] = None
-    """Of int8 weights. error-feedback: what a step does not use is kept, and --lr is SGD's. votes:
-    by +-1 where the estimate is largest, with one vote per member; --lr is the share updated."""
+    """bfloat16: the forward of batch members. int8: all that example members train with."""
+    update: preset_name("error-feedback", "votes") = None
+    """Of int8 weights. votes: by +-1 where the estimate is largest; --lr is the share updated."""
     chunk_size: int = 0
-    """Members evaluated at once; changes memory and speed, never a result (0: the default)."""
+    """Members evaluated at once (0: the default); memory and speed, never a result."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +125,8 @@ def method_name(config: Config) -> str:
 def preset(config: Config, device: torch.device) -> dict[str, Any]:
     """What this run's row of the table says, for its length, device and activation."""
     method, flags = method_name(config), config.evolution
-    values = PRESETS[method] | {"epochs": EPOCHS[method][data.length(config)]}
+    values = dict(PRESETS[method])
+    values["epochs"] = EPOCHS.get(data.length(config), values["epochs"])
     if device.type == "cuda" and method in ON_A_GPU:
         values |= {"population": ON_A_GPU[method]}
     if config.run.quick:
@@ -158,7 +149,7 @@ def learning_rate(flags: EvolutionFlags, population: str) -> float:
         return 0.02  # of the weights
     members = sum(layer_counts(population))
     if flags.members == "example":
-        return round(min(0.1, 0.1 * (members / 144) ** 0.75), 4)
+        return round(0.1 * min(1, members / 144), 4)
     return round(0.015 * (members / 832) ** 0.4, 4)
 
 

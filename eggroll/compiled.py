@@ -1,8 +1,8 @@
 """Eager or torch.compile, by one rule.
 
 A function is compiled for the shapes that it is first called with; any other call (the batch that
-is cut off at the end of an epoch, a layer's last block) runs eagerly. What changes from step to step
-enters as tensors, so nothing is ever compiled again. On CUDA the compiled function is captured as a
+is cut off at the end of an epoch, a layer's last block) runs eagerly. What changes from step to
+step enters as tensors, so nothing is compiled again. On CUDA the compiled function is captured as a
 graph on static buffers. A compiler that is there but broken costs one warning, and the run goes on
 eagerly.
 """

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from eggroll.members import BatchMembers, Block, PopulationError, Step
 from eggroll.noise import Keys
-from eggroll.seam import Call, forward, record
+from eggroll.seam import Call, forward, record, through
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ def _distinct(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
 def needs_expansion(network: nn.Module, evolving: Evolving, inputs: Tensor) -> bool:
     """Whether inputs must be expanded to all members, since a leading axis of 1 does not broadcast.
 
-    Found out by comparing two members with materialised weights. Raises PopulationError, with what
-    to write instead, for a network that moves or folds the leading axis.
+    Found out by comparing two members with each by itself, its perturbations formed. Raises
+    PopulationError, with what to write instead, for a network that moves or folds the leading axis.
     """
     if not evolving.weights[0].is_floating_point():
         return False  # integer networks are the package's own
@@ -80,14 +79,14 @@ def needs_expansion(network: nn.Module, evolving: Evolving, inputs: Tensor) -> b
     raise PopulationError(
         f"the network does not keep the leading axis of inputs {members}, the members{failure}: "
         "address axes from the end (flatten(-3) instead of flatten(1), mean(-2) instead of "
-        "mean(1)), and use each weight through F.linear alone"
+        "mean(1))"
     )
 
 
 def _members_agree(
     network: nn.Module, evolving: Evolving, inputs: Tensor, plain: Tensor, expand: bool
 ) -> bool:
-    """Whether two members' outputs are those of their materialised weights."""
+    """Whether two members' outputs are those that each has by itself."""
     calls, outputs = record(network, evolving.weights, inputs)
     if outputs.shape != (1, *plain.shape):
         return False
@@ -103,18 +102,25 @@ def _members_agree(
 
     seen = inputs.expand(2, *inputs.shape) if expand else inputs.unsqueeze(0)
     found = forward(network, evolving.weights, [], add, seen)
-    names = {id(p): name for name, p in network.named_parameters()}
-    for member in range(2):
-        changed = {}
-        for i, weight in enumerate(step.weights):
-            perturbation = noise[f"a{i}"][member].T @ noise[f"b{i}"][member]
-            changed[names[id(weight)]] = weight + perturbation
-        for j, bias in enumerate(step.biases):
-            changed[names[id(bias)]] = bias + noise[f"e{j}"][member]
-        formed = functional_call(network, changed, (inputs,), tie_weights=True)
-        if found[member].shape != formed.shape or not _close(found[member], formed, plain):
+    for member, outputs in enumerate(found):
+        formed = _one_member(network, evolving, noise, member, inputs)
+        if outputs.shape != formed.shape or not _close(outputs, formed, plain):
             return False
     return True
+
+
+def _one_member(
+    network: nn.Module, evolving: Evolving, noise: dict[str, Tensor], member: int, inputs: Tensor
+) -> Tensor:
+    """Outputs (B, ...) of one member by itself, its perturbations formed in full."""
+
+    def visit(call, index, bias, x, product):
+        a, b = noise[f"a{index}"][member], noise[f"b{index}"][member]
+        y = product() + x @ (a.T @ b).T
+        place = evolving.bias_index(bias)
+        return y if place is None else y + noise[f"e{place}"][member]
+
+    return through(network, evolving.weights, visit, inputs)
 
 
 def _close(found: Tensor, formed: Tensor, plain: Tensor) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# outputs (P, B, C), labels (B,) -> (P, B), one score per member and example, or (P,), one per member
+# outputs (P, B, C), labels (B,) -> one score per member and example, (P, B), or per member, (P,)
 Fitness = Callable[[Tensor, Tensor], Tensor]
 Shaping = Callable[[Tensor], Tensor]
 

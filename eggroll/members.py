@@ -25,8 +25,8 @@ from eggroll.fitness import SHAPINGS
 from eggroll.noise import Keys, gaussian, most_rows, orthogonal_rows, signs
 from eggroll.seam import Call
 
-# Members per block on an accelerator, which wants few launches. (A CPU wants activations that stay in
-# its caches, and has a size for each kind.) Fixed, so that no number depends on memory settings.
+# Members per block on an accelerator, which wants few launches; a CPU wants activations that stay
+# in its caches, and has a size for each kind. Fixed: no number depends on memory settings.
 GPU_BLOCK = 512
 # Draws that go into one matrix product of the gradient: enough for a fast GEMM, and no more noise
 # than this is ever held.
@@ -181,24 +181,20 @@ class BatchMembers:
 
     def _add_product(self, a: Tensor, b: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """y + (x b^T) a, where the second member of a pair has -a."""
-        draws, features = len(a), y.shape[1:]
-        y = y.flatten(1, -2)
-        if len(x) == 1:  # one term serves both signs
-            per_product = self.block_size(x.device) // self._signs
-            term = _outer(_project_shared(x.flatten(0, -2), b, per_product), a)
-            y = torch.stack([y + term, y - term], 1) if self.antithetic else y + term
+        if len(x) == 1:  # one product x b^T serves both signs
+            u = _project_shared(x.flatten(0, -2), b, self.block_size(x.device) // self._signs)
+            u = u.repeat_interleave(self._signs, 0)
         else:
-            if self.antithetic:
-                a, b = torch.stack([a, -a], 1).flatten(0, 1), b.repeat_interleave(2, 0)
-            y = y + _outer(_project_own(x.flatten(1, -2), b), a)
-        return y.reshape(self._signs * draws, *features)
+            u = _project_own(x.flatten(1, -2), b.repeat_interleave(self._signs, 0))
+        a = torch.stack([a, -a], 1).flatten(0, 1) if self.antithetic else a
+        return _add_outer(y.flatten(1, -2), u, a).view(len(a), *y.shape[1:])
 
     # ---- what its score says ----
 
     def gradients(
         self, step: Step, scores: Tensor, blocks: Sequence[Block]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Ascent direction of every weight, (O, I), and bias, (O,), from one score per member, (P,).
+        """Ascent direction of every weight, (O, I), and bias, (O,), from scores (P,).
 
         One matrix product for every few blocks: no E is formed, and no population's noise held.
         Source: Algorithm 1; with antithetic pairs.
@@ -206,7 +202,7 @@ class BatchMembers:
         differences = self._differences(scores, step.baseline)
         on_weights = [torch.zeros_like(weight) for weight in step.weights]
         on_biases = [torch.zeros_like(bias) for bias in step.biases]
-        members = {layer: 0 for layer in (None, *range(len(on_weights)))}
+        members = dict.fromkeys((None, *range(len(on_weights))), 0)
         for block in blocks:
             members[block.layer] += len(block)
         together = DRAWS_PER_PRODUCT * self._signs // self.block_size(step.keys.device)
@@ -322,8 +318,8 @@ class ExampleMembers:
         return self.sigma * mean.sqrt()
 
     def draw(self, step: Step, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """Of the blocks' P members: rows (P, O), and for the layer's k-th call u{k} (P, B, ...), the
-        size of the perturbation with a random sign, and d{k} (B, ..., O)."""
+        """Of the blocks' P members: rows (P, O), and for the layer's k-th call u{k} (P, B, ...),
+        the size of the perturbation with a random sign, and d{k} (B, ..., O)."""
         layer = blocks[0].layer
         shared, calls = self.shared(step, layer), _calls_of(step, layer)
         noise = {"rows": shared["rows"][self._rows(step, blocks)]}
@@ -468,8 +464,8 @@ def _project_own(x: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(x, b.mT)
 
 
-def _outer(u: Tensor, a: Tensor) -> Tensor:
-    """u a for u (P, rows, R) and a (P, R, O): (P, rows, O)."""
+def _add_outer(y: Tensor, u: Tensor, a: Tensor) -> Tensor:
+    """y + u a for y (P or 1, rows, O), u (P, rows, R) and a (P, R, O)."""
     if torch.compiler.is_compiling():
-        return sum(u[..., r, None] * a[:, None, r] for r in range(a.shape[1]))
-    return torch.bmm(u, a)
+        return sum((u[..., r, None] * a[:, None, r] for r in range(a.shape[1])), y)
+    return torch.baddbmm(y, u, a)

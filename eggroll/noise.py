@@ -1,7 +1,7 @@
 """Keyed noise: the same key gives the same numbers, so nothing has to be stored or sent.
 
-Every generator is keyed by (seed, step, parameter, block, what is drawn). Which blocks are evaluated
-together, in which order or in which process therefore changes no number.
+Every generator is keyed by (seed, step, parameter, block, what is drawn). Which blocks are
+evaluated together, in which order or in which process therefore changes no number.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The verdict of another program as the fitness: here awk, with the rules in judge.awk.
 
 python mnist_eggroll.py --fitness examples/external_program.py:verdict \
-    --estimator population --population 416 --sigma 0.05 --lr 0.01 --epochs 1
+    --members batch --population 416 --sigma 0.05 --lr 0.01 --epochs 1
 
 What comes out: one epoch, about a minute on one core. The judge counts what is right, so the
 network becomes what --fitness accuracy makes of it; other rules are other lines of awk.
@@ -33,16 +33,16 @@ def judge() -> subprocess.Popen:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1 << 16)
 
 
-def verdict(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (P, B, 10) and labels (B,) to what the judge says of each member, (P,)."""
+def verdict(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Outputs (P, B, 10) and labels (B,) to what the judge says of each member, (P,)."""
     program = judge()
     program.stdin.write(f"truth {digits(labels)}\n")
     scores = []
-    for answers in logits.argmax(-1).split(AT_ONCE):
+    for answers in outputs.argmax(-1).split(AT_ONCE):
         program.stdin.writelines(f"{digits(member)}\n" for member in answers)
         program.stdin.flush()
         scores += [float(program.stdout.readline()) for _ in answers]
-    return torch.tensor(scores, device=logits.device)
+    return torch.tensor(scores, device=outputs.device)
 
 
 def digits(answers: Tensor) -> str:

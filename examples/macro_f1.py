@@ -1,23 +1,23 @@
 """Macro-F1 as the fitness: a score that only a whole batch has, and that no loss stands in for.
 
 python mnist_eggroll.py --fitness examples/macro_f1.py:macro_f1 \
-    --estimator population --population 416 --sigma 0.05 --lr 0.01 --epochs 1
+    --members batch --population 416 --sigma 0.05 --lr 0.01 --epochs 1
 
 What comes out: one epoch, about a minute on one core, 85 % of the test images right.
 
 F1 of a class is the harmonic mean of how many of its answers are right and how many of its digits
 are found. It is made of counts, so it has no gradient, and the mean over the classes is no mean
-over examples, so it takes the paper's estimator: one score per member.
+over examples, so it takes batch members: one score per member.
 """
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
-def macro_f1(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (P, B, 10) and labels (B,) to the mean F1 of the ten classes, (P,)."""
-    classes = logits.shape[-1]
-    answers = F.one_hot(logits.argmax(-1), classes)  # (P, B, 10)
+def macro_f1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Outputs (P, B, 10) and labels (B,) to the mean F1 of the ten classes, (P,)."""
+    classes = outputs.shape[-1]
+    answers = F.one_hot(outputs.argmax(-1), classes)  # (P, B, 10)
     truth = F.one_hot(labels, classes)  # (B, 10)
     hits = (answers * truth).sum(1)  # (P, 10)
     mentioned = answers.sum(1) + truth.sum(0)  # of a class that nobody mentions F1 is 0

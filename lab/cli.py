@@ -24,9 +24,15 @@ def preset_arg(metavar: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the preset's)")
 
 
+def preset_name(*names: str) -> Any:
+    """One of these names; which, the preset decides."""
+    return Annotated[Literal[names] | None, preset_arg("|".join(names))]
+
+
 PresetInt = Annotated[int | None, preset_arg("INT")]
 PresetFloat = Annotated[float | None, preset_arg("FLOAT")]
-PresetName = preset_arg("NAME")
+ScheduleName = preset_name("linear", "cosine", "onecycle", "constant")
+BothWays = Annotated[bool | None, preset_arg("")]
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 PopulationFlag = Annotated[str | None, preset_arg("N|N+N+N")]
 FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
@@ -54,8 +60,7 @@ class RunFlags:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA, then Apple's MPS, then the CPU."""
     backend: Literal["auto", "eager", "compile", "fused"] = "auto"
-    """compile: torch.compile, on a CUDA GPU as a captured graph. fused: one kernel for all layers of
-    batch members (CUDA). auto: the fastest that is there and that the run is long enough for."""
+    """compile: torch.compile, captured as a graph on CUDA. fused: batch members on CUDA."""
     threads: ThreadsFlag = None
     """CPU threads (default: torch's own choice, the cores)."""
     out_dir: PathFlag = None
@@ -81,8 +86,7 @@ class NetworkFlags:
     hidden_dim: int = 256
     """Units in each of the two hidden layers."""
     activation: Literal["gelu", "relu", "sign", "step", "argmax-k", "int8-round"] = "gelu"
-    """Between the layers. The last four have a gradient of zero: argmax-k is 1 for the largest
-    quarter of the units and 0 for the rest, int8-round is a gelu with 255 values."""
+    """The last four have a gradient of zero; argmax-k: 1 for the largest quarter of the units."""
     bias: bool = False
     """Add a bias to every layer."""
     init_from: PathFlag = None
@@ -101,9 +105,7 @@ class TrainingFlags:
     """From torch.optim."""
     lr: PresetFloat = None
     """Learning rate: the largest of the schedule."""
-    lr_schedule: Annotated[
-        Literal["linear", "cosine", "onecycle", "constant"] | None, PresetName
-    ] = None
+    lr_schedule: ScheduleName = None
     """linear, cosine: down to 0 over the run; onecycle: up for a fifth of it, then down."""
     momentum: float = 0.9
     """Of sgd."""
@@ -124,6 +126,9 @@ class SharedConfig:
 
 
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+
+# a flag whose default the preset decides takes a value, though nobody types it
+BOTH_WAYS = {"--antithetic": ["--antithetic", "True"], "--no-antithetic": ["--antithetic", "False"]}
 
 ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 
@@ -165,7 +170,9 @@ def parse(config_type: type[Config], description: str, args: Sequence[str] | Non
 
 
 def _tyro(config_type: type[Config], description: str, args: Sequence[str]) -> Config:
-    return tyro.cli(config_type, description=description, args=args, config=MARKERS)
+    name = Path(sys.argv[0]).name
+    words = [word for arg in args for word in BOTH_WAYS.get(arg, [arg])]
+    return tyro.cli(config_type, prog=name, description=description, args=words, config=MARKERS)
 
 
 def flag(name: str, value: Any) -> str:
@@ -176,13 +183,10 @@ def flag(name: str, value: Any) -> str:
 
 def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
     """The head of the help text: a script's purpose and what each of its presets sets."""
-    rows = [f"preset {name}: {preset_values(values)}" for name, values in presets.items()]
-    return "\n\n".join([purpose.strip().splitlines()[0], *rows])
-
-
-def preset_values(values: Mapping[str, Any]) -> str:
-    named = {k: v if isinstance(v, str) else f"{v:,}" for k, v in values.items()}
-    return ", ".join(f"{flag} {value}" for flag, value in named.items())
+    lines = [purpose.strip().splitlines()[0]]
+    for name, values in presets.items():
+        lines.append(f"preset {name}: " + ", ".join(f"{k} {v}" for k, v in values.items()))
+    return "\n\n".join(lines)
 
 
 def typed(config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lab.clock import Clock, device_name, peak_memory_mb
 from lab.data import Dataset
 from lab.divergence import FitnessWatch, check_finite
 from lab.errors import Interrupted, UserError
-from lab.evaluation import evaluate, measure
+from lab.evaluation import evaluate
 from lab.optim import make_schedule
 from lab.progress import Progress, epoch_line, headline, population_line
 from lab.runlog import RunFolder, default_out_dir
