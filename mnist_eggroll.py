@@ -34,17 +34,17 @@ from lab.network import start_from
 from lab.optim import make_optimizer
 from lab.training import Training
 
-# What runs where no flag says otherwise, by method. The learning rate follows the population (see
-# `learning_rate`).
+# What runs where no flag says otherwise, by method. `learning_rate` follows the population.
 EXAMPLE = {"sigma": 0.004, "antithetic": False, "shaping": "none", "temperature": 1.0}
 EXAMPLE |= {"label_smoothing": 0.1, "lr_schedule": "onecycle"}
 BATCH = {"sigma": 0.02, "antithetic": True, "shaping": "z-score", "temperature": 2.0}
 BATCH |= {"label_smoothing": 0.0, "lr_schedule": "linear"}
+ONE_LAYER = BATCH | {"sigma": 0.004, "antithetic": False}
 PRESETS = {
-    "eggroll": EXAMPLE | {"population": "64+64+16", "epochs": 6},
-    "eggroll-int8": EXAMPLE | {"population": "64+64+16", "epochs": 10, "sigma": 0.005},
-    "eggroll-batch": BATCH | {"population": "832", "epochs": 3},
-    "eggroll-batch-one-layer": BATCH | {"population": "2560", "epochs": 10},
+    "eggroll": EXAMPLE | {"population": "48+64+16", "lr": 0.1, "epochs": 7},
+    "eggroll-int8": EXAMPLE | {"population": "48+64+16", "lr": 0.03, "epochs": 10, "sigma": 0.005},
+    "eggroll-batch": BATCH | {"population": "832", "lr": 0.015, "epochs": 3},
+    "eggroll-batch-one-layer": ONE_LAYER | {"population": "5120", "lr": 0.012, "epochs": 10},
 }
 # populations of --quick, and on a GPU (not measured)
 QUICK = {"eggroll": "48", "eggroll-int8": "48", "eggroll-batch": "128"}
@@ -137,20 +137,20 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
         values |= {"update": "error-feedback"}
     if flags.update == "votes":
         values |= {"shaping": "sign"}
-    return values | {"lr": learning_rate(flags, flags.population or values["population"])}
+    population = flags.population or values["population"]
+    return values | {"lr": learning_rate(flags, PRESETS[method], population)}
 
 
-def learning_rate(flags: EvolutionFlags, population: str) -> float:
-    """The default: the fewer members, the noisier the estimate, and the smaller the step.
+def learning_rate(flags: EvolutionFlags, usual: dict[str, Any], population: str) -> float:
+    """The preset's, for its own population: the fewer members, the noisier the estimate and the
+    smaller the step.
 
     Measured from 12 to 528 example members and from 64 to 5,000 batch members (docs/method.md).
     """
     if flags.update == "votes":
         return 0.02  # of the weights
-    members = sum(layer_counts(population))
-    if flags.members == "example":
-        return round(0.1 * min(1, members / 144), 4)
-    return round(0.015 * (members / 832) ** 0.4, 4)
+    ratio = sum(layer_counts(population)) / sum(layer_counts(usual["population"]))
+    return round(usual["lr"] * (min(1, ratio) if flags.members == "example" else ratio**0.4), 5)
 
 
 def layer_counts(population: str) -> tuple[int, ...]:

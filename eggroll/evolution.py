@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eggroll.compiled import Compiled
+from eggroll import fused
+from eggroll.compiled import BackendError, Compiled
 from eggroll.evolving import find_evolving, needs_expansion
 from eggroll.fitness import Fitness, check_finite, check_scores
 from eggroll.members import (
@@ -39,7 +40,8 @@ class Evolution:
     members     BatchMembers or ExampleMembers
     seed        keys all noise, with the step
     chunk_size  members evaluated at once, in whole blocks: memory and speed, never a result
-    backend     "eager" or "compile" (a fitness from elsewhere runs eagerly with either)
+    backend     "eager", "compile" (a fitness from elsewhere runs eagerly with either), or on CUDA
+                "fused", for antithetic batch members of the package's MLP
     dtype       of the population's forward where it is not the network's own: members then perturb
                 a copy, and the estimate goes to the network
 
@@ -75,6 +77,9 @@ class Evolution:
         weights = self.evolving.weights
         self.counts = self.members.counts([len(weight) for weight in weights])
         self.blocks = make_blocks(self.counts, self.members.block_size(self.device))
+        if self._backend == "fused":
+            self._scorers[None] = Compiled(self._fused_scorer(), "eager", self.device)
+            return
         for layer, _ in self.counts:
             self._scorers[layer] = Compiled(self._scorer(layer), self._backend, self.device)
 
@@ -93,8 +98,8 @@ class Evolution:
     @property
     def backend(self) -> str:
         """The backend in use: eager where the compiler failed."""
-        backends = {compiled.backend for compiled in self._scorers.values()}
-        return "eager" if "eager" in backends else self._backend
+        failed = any(scorer.backend == "eager" for scorer in self._scorers.values())
+        return "eager" if failed and self._backend == "compile" else self._backend
 
     @property
     def mean_fitness(self) -> Tensor:
@@ -215,6 +220,22 @@ class Evolution:
                 return members.add(noise, len(of_layer) - 1, index, place, x, y)
 
             outputs = forward(network, evolving.weights, known, add, inputs)
+            return outputs if fitness is None else fitness(outputs, labels)
+
+        return score
+
+    def _fused_scorer(self) -> Callable[..., Tensor]:
+        """The same by the fused kernel. Raises BackendError where it does not fit."""
+        if self.device.type != "cuda" or not fused.fits(self.evaluated, self.members):
+            raise BackendError(
+                "backend fused is for antithetic batch members of the MLP on CUDA (try compile)"
+            )
+        fitness = self.fitness if _is_own(self.fitness) else None
+
+        def score(
+            noise: dict[str, Tensor], known: list[Tensor], inputs: Tensor, labels: Any
+        ) -> Tensor:
+            outputs = fused.mlp_forward(self.evaluated, noise, known[0], inputs[0])
             return outputs if fitness is None else fitness(outputs, labels)
 
         return score

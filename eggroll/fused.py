@@ -170,6 +170,22 @@ def load_tile(ptr, rows, stride, columns, n_rows, n_columns):
 
 
 @_jit
+def few_outputs(h, ptr, stride, n_rows, n_columns, PAD: tl.constexpr):
+    """h W^T transposed, (PAD, ROWS), of W (n_rows, n_columns): its few rows are then the rows of
+    the product, and each warp holds its own examples' h instead of a copy of all."""
+    rows, columns = tl.arange(0, PAD), tl.arange(0, h.shape[1])
+    y = tl.zeros((PAD, h.shape[0]), tl.float32)
+    if h.dtype == tl.float32:  # three products of TF32 would not fit into registers
+        for row in range(n_rows):
+            own = tl.sum(h * load_row(ptr + row * stride, columns, n_columns)[None, :], 1)
+            y += tl.where((rows == row)[:, None], own[None, :], 0.0)
+    else:
+        w = load_tile(ptr, rows[:, None], stride, columns[None, :], n_rows, n_columns)
+        y = dot(w, tl.trans(h), y)
+    return y
+
+
+@_jit
 def mlp_kernel(
     product_ptr,  # (B, H1): x W1^T, and the bias
     u_ptr,  # (N, R, B)
@@ -242,14 +258,11 @@ def mlp_kernel(
     if bias2_ptr is not None:
         total += load_row(bias2_ptr, columns2, hidden2)[None, :]
         total += sign[:, None] * load_row(e2_ptr + pair * hidden2, columns2, hidden2)[None, :]
-    h2 = tl.trans(gelu(total).to(dtype))
+    h2 = gelu(total).to(dtype)
 
-    # the head, transposed: its few outputs are then the rows of the product, and each warp holds
-    # its own examples' activations instead of a copy of all
-    w = load_tile(weight3_ptr, columns3[:, None], hidden2, columns2[None, :], outputs, hidden2)
-    y = dot(w, h2, tl.zeros((OUTPUTS, ROWS), tl.float32))
-    b = load_tile(b3_ptr, ranks[:, None], b3_stride, columns2[None, :], RANK, hidden2)
-    u3 = dot(b, h2, tl.zeros((RANK_PAD, ROWS), tl.float32)) * sign[None, :]
+    # the head, transposed
+    y = few_outputs(h2, weight3_ptr, hidden2, outputs, hidden2, OUTPUTS)
+    u3 = few_outputs(h2, b3_ptr, b3_stride, RANK, hidden2, RANK_PAD) * sign[None, :]
     for r in range(RANK):
         u = tl.sum(tl.where((ranks == r)[:, None], u3, 0.0), 0)
         y += load_row(a3_ptr + r * outputs, columns3, outputs)[:, None] * u[None, :]

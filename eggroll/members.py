@@ -85,8 +85,46 @@ def grouped(blocks: Sequence[Block], most: int) -> Iterator[list[Block]]:
         yield from (run[i : i + most] for i in range(0, len(run), most))
 
 
+class _Members:
+    """What both kinds have."""
+
+    population: int | tuple[int, ...]
+    sigma: float
+    antithetic: bool
+    shaping: str
+    cpu_block: ClassVar[int]
+
+    @property
+    def _signs(self) -> int:
+        """Members for each draw of the noise."""
+        return 2 if self.antithetic else 1
+
+    def block_size(self, device: torch.device) -> int:
+        """Members of a whole block."""
+        return self.cpu_block if device.type == "cpu" else GPU_BLOCK
+
+    def _check(self, shapings: Sequence[str]) -> None:
+        """Raises PopulationError for values that cannot be."""
+        counts = self.population if isinstance(self.population, tuple) else (self.population,)
+        for count in counts:
+            if count < 1:
+                raise PopulationError(f"population {count} is below 1 (try 2)")
+            if self.antithetic and count % 2:
+                raise PopulationError(
+                    f"population {count} is odd; antithetic pairs need an even number "
+                    f"(try {count + 1})"
+                )
+        if not self.sigma > 0:
+            raise PopulationError(f"sigma {self.sigma} is not above 0 (try 0.02)")
+        if self.shaping not in shapings:
+            raise PopulationError(
+                f"shaping {self.shaping} is not for {type(self).__name__} "
+                f"(try {', '.join(shapings)})"
+            )
+
+
 @dataclass(frozen=True)
-class BatchMembers:
+class BatchMembers(_Members):
     """Members that each see the whole batch: Algorithm 1 of the paper.
 
     population  members per step; each sees every example
@@ -110,7 +148,7 @@ class BatchMembers:
     cpu_block: ClassVar[int] = 32
 
     def __post_init__(self):
-        _check(self, SHAPINGS)
+        self._check(list(SHAPINGS))
         if self.rank < 1:
             raise PopulationError(f"rank {self.rank} is below 1 (try 1)")
         if self.perturb not in ("all", "one"):
@@ -122,15 +160,6 @@ class BatchMembers:
             return [(None, self.population)]
         most = [self.population] * len(outputs)
         return list(enumerate(share(self.population, most, self._signs)))
-
-    @property
-    def _signs(self) -> int:
-        """Members for each draw of the noise."""
-        return 2 if self.antithetic else 1
-
-    def block_size(self, device: torch.device) -> int:
-        """Members of a whole block."""
-        return self.cpu_block if device.type == "cpu" else GPU_BLOCK
 
     # ---- what a member adds ----
 
@@ -235,7 +264,7 @@ class BatchMembers:
 
 
 @dataclass(frozen=True)
-class ExampleMembers:
+class ExampleMembers(_Members):
     """Members that each see one example and perturb one layer (docs/method.md).
 
     Algorithm 1 with one datum per member, Rao-Blackwellised; it coincides with node perturbation
@@ -259,7 +288,7 @@ class ExampleMembers:
     cpu_block: ClassVar[int] = 64
 
     def __post_init__(self):
-        _check(self, ("none", "sign"))
+        self._check(("none", "sign"))
 
     def counts(self, outputs: Sequence[int]) -> Counts:
         """Members of each layer that see each example, for layers of so many outputs.
@@ -281,15 +310,6 @@ class ExampleMembers:
                 f"(try {'+'.join(map(str, possible))})"
             )
         return list(enumerate(self.population))
-
-    @property
-    def _signs(self) -> int:
-        """Members for each draw of the noise."""
-        return 2 if self.antithetic else 1
-
-    def block_size(self, device: torch.device) -> int:
-        """Members of a whole block."""
-        return self.cpu_block if device.type == "cpu" else GPU_BLOCK
 
     # ---- what a member adds ----
 
@@ -419,25 +439,6 @@ def share(population: int, most: Sequence[int], unit: int) -> list[int]:
             more = min(each, most[i] - counts[i], left)
             counts[i], left = counts[i] + more, left - more
     return counts
-
-
-def _check(members: "BatchMembers | ExampleMembers", shapings: Sequence[str]) -> None:
-    """Raises PopulationError for what neither kind can be."""
-    counts = members.population if isinstance(members.population, tuple) else (members.population,)
-    for count in counts:
-        if count < 1:
-            raise PopulationError(f"population {count} is below 1 (try 2)")
-        if members.antithetic and count % 2:
-            raise PopulationError(
-                f"population {count} is odd; antithetic pairs need an even number (try {count + 1})"
-            )
-    if not members.sigma > 0:
-        raise PopulationError(f"sigma {members.sigma} is not above 0 (try 0.02)")
-    if members.shaping not in shapings:
-        raise PopulationError(
-            f"shaping {members.shaping} is not for {type(members).__name__} "
-            f"(try {', '.join(shapings)})"
-        )
 
 
 def _calls_of(step: Step, layer: int) -> list[Call]:

@@ -1,8 +1,5 @@
 """Integer arithmetic that training needs: products, and divisions that round to nearest."""
 
-import timeit
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,17 +35,15 @@ def float_matmul(x: Tensor, y: Tensor) -> Tensor:
     return (x.float() @ y.float()).int()
 
 
-def _float_is_faster() -> bool:
-    """Whether this CPU multiplies float32 faster than int8: measured in some milliseconds."""
-    x = torch.ones(256, 256, dtype=torch.int8)
-
-    def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-        return min(timeit.repeat(lambda: product(x, x.t()), number=1, repeat=9))
-
-    return seconds(float_matmul) < seconds(torch._int_mm)
+def _multiplies_int8() -> bool:
+    """Whether this CPU has instructions for products of int8 (older torch does not know)."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    has = torch.cpu.get_capabilities().get
+    return any(map(has, ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "dotprod")))
 
 
-FLOAT_IS_FASTER = _float_is_faster()
+FLOAT_IS_FASTER = not _multiplies_int8()
 
 
 def wide_matmul(x: Tensor, y: Tensor) -> Tensor:
