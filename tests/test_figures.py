@@ -9,21 +9,24 @@ from conftest import run_script
 from matplotlib.text import Text
 from torch.utils.flop_counter import FlopCounterMode
 
-from eggroll import MLP, Population
-from eggroll.estimator import estimate_layer, materialised_estimate, pair_weights
-from visualizations import algorithm, how_eggroll_works, why_low_rank
+from eggroll import MLP, BatchMembers, Evolution, ExampleMembers, cross_entropy
+from eggroll.fitness import z_score
+from eggroll.members import Step, make_blocks
+from eggroll.noise import Keys
+from eggroll.seam import record
+from visualizations import algorithm, how_eggroll_works, two_kinds_of_members, why_low_rank
 from visualizations.canvas import TALK_STYLE
 from visualizations.make_figures import FIGURES, draw_all
 
 SCRIPT = "visualizations/make_figures.py"
 
 
-def test_the_script_writes_six_files_and_they_come_out_the_same_again(tmp_path):
+def test_the_script_writes_both_files_of_each_figure_and_the_same_ones_again(tmp_path):
     done = run_script(SCRIPT, "--out-dir", tmp_path / "first")
     assert done.returncode == 0, done.stderr
     (tmp_path / "second").mkdir()
     again = draw_all(tmp_path / "second")
-    assert len(again) == 6
+    assert len(again) == 2 * len(FIGURES)
     assert {path.name for path in (tmp_path / "first").iterdir()} == {path.name for path in again}
     for path in again:
         image = (tmp_path / "first" / path.name).read_bytes()
@@ -56,51 +59,116 @@ def test_no_text_is_clipped_or_overlaps_another(module):
 
 def test_the_drawn_update_is_the_sum_of_the_drawn_perturbations():
     step = how_eggroll_works.measure()
-    layer = step.population.layers[how_eggroll_works.LAYER]
-    plain, _ = materialised_estimate(layer, step.noise, step.pair_weights)
-    torch.testing.assert_close(step.estimate, plain)
-    moved = step.weights + how_eggroll_works.LEARNING_RATE * plain
-    torch.testing.assert_close(step.new_weights, moved)
+    pairs = zip(step.pair_weights, step.a, step.b, strict=True)
+    formed = sum(weight * a @ b.T for weight, a, b in pairs)
+    torch.testing.assert_close(step.gradient_estimate, formed)
+    torch.testing.assert_close(step.partial_sum(how_eggroll_works.PAIRS), formed)
+    updated = step.weights + how_eggroll_works.LEARNING_RATE * formed
+    torch.testing.assert_close(step.new_weights, updated)
     assert how_eggroll_works.rank_of_members(step) == 1
-    assert how_eggroll_works.rank(step.estimate) == min(step.weights.shape)
+    assert how_eggroll_works.rank(step.gradient_estimate) == min(step.weights.shape)
+
+
+def test_the_drawn_pair_weights_are_those_of_the_drawn_scores():
+    step = how_eggroll_works.measure()
+    shaped = z_score(step.scores)
+    difference = shaped[0::2] - shaped[1::2]
+    torch.testing.assert_close(step.pair_weights, difference / (2 * how_eggroll_works.PAIRS))
+    assert step.new_fitness > step.fitness
+
+
+SIZES = {"P": 6, "N": 3, "B": 11, "R": 2, "O": 3, "I": 5}
+
+
+def known_to_a_step(network, inputs, labels):
+    """A Step, and the call of the last layer."""
+    weights = [layer.weight for layer in network.layers]
+    calls, outputs = record(network, weights, inputs)
+    baseline = cross_entropy()(outputs, labels)[0]
+    return Step(Keys(0, 0, inputs.device), weights, [], calls, baseline), calls[-1]
 
 
 @torch.no_grad()
-def test_the_drawn_shapes_are_those_of_the_code(small_network, batch):
-    inputs, _ = batch
-    population = Population(small_network, size=6, rank=2, sigma=0.1, seed=0, step=0)
-    (noise,), (chunk,) = list(population.noise_blocks(2)), list(population.chunks())
-    head = small_network.layers[2]
-    weights = pair_weights(torch.randn(6), "z-score", 0.1)
-    tensors = {
-        "a": noise.a,
-        "b": noise.b,
-        "W": head.weight,
-        "y": chunk.forward(inputs),
-        "w": weights,
-        "estimate g": estimate_layer(head, [noise], weights)[0],
+def test_the_listing_of_batch_members_computes_what_the_code_computes(small_network, batch):
+    inputs, labels = batch
+    members = BatchMembers(SIZES["P"], sigma=0.1, rank=SIZES["R"])
+    step, call = known_to_a_step(small_network, inputs, labels)
+    noise = members.draw(step, make_blocks([(None, SIZES["P"])], 32))
+    evolution = Evolution(small_network, cross_entropy(), members)
+    scores = evolution.evaluate(inputs, labels)
+    evolution.backward(scores)
+
+    a, b, x = noise["a2"], noise["b2"], call.x
+    u = x @ b.mT
+    z = z_score(scores)
+    w = (z[0::2] - z[1::2]) / (members.sigma * SIZES["P"])
+    g = (w[:, None, None] * a.mT @ b).sum(0)
+    torch.testing.assert_close(small_network.layers[2].weight.grad, -g)
+    y = members.add(noise, 0, 2, None, x[None], call.y)
+    torch.testing.assert_close(y, call.y + torch.stack([u @ a, -u @ a], 1).flatten(0, 1))
+    made = {"a": a, "b": b, "u": u, "y": y, "scores": scores, "z": z, "w": w, "g": g}
+    assert drawn_shapes(algorithm.BATCH) == {name: tensor.shape for name, tensor in made.items()}
+
+
+@torch.no_grad()
+def test_the_listing_of_example_members_computes_what_the_code_computes(small_network, batch):
+    inputs, labels = batch
+    members = ExampleMembers((2, 2, 4), sigma=0.1)
+    step, call = known_to_a_step(small_network, inputs, labels)
+    evolution = Evolution(small_network, cross_entropy(), members)
+    scores = evolution.evaluate(inputs, labels)
+    evolution.backward(scores)
+
+    noise = members.draw(step, evolution.blocks[-1:])
+    rows, d, u = noise["rows"], noise["d0"], noise["u0"]
+    c = members.sigma * call.x.square().sum(-1).mean().sqrt()
+    torch.testing.assert_close(u.abs(), c.expand_as(u))
+    y = call.y + u[:, :, None] * d * rows[:, None]
+    scores = scores[-4:]  # of the members of the last layer
+    torch.testing.assert_close(scores, cross_entropy()(y, labels))
+    change = scores - step.baseline
+    delta = d * ((change * u).T @ rows) / (c**2 * 4)
+    g = delta.T @ call.x / SIZES["B"]
+    torch.testing.assert_close(small_network.layers[2].weight.grad, -g)
+    made = {"rows": rows, "d": d, "u": u, "y": y, "scores": scores, "change": change}
+    made |= {"δ": delta, "g": g}
+    drawn = drawn_shapes(algorithm.EXAMPLE, SIZES | {"P": 4})
+    assert drawn == {name: tensor.shape for name, tensor in made.items()}
+
+
+def drawn_shapes(listing, sizes=SIZES):
+    return {
+        shape.name: tuple(sizes[letter] for letter in shape.axes)
+        for line in listing
+        for shape in line.shapes
     }
-    sizes = {"P": 6, "N": 3, "B": 11, "R": 2, "O": 3, "I": 5}
-    drawn = {shape.name: shape for line in algorithm.LINES for shape in line.shapes}
-    for name, tensor in tensors.items():
-        assert tensor.shape == tuple(sizes[letter] for letter in drawn[name].axes), name
+
+
+def test_144_example_members_come_nearer_to_the_gradient_than_39_000_batch_members_would():
+    cosines, figure = two_kinds_of_members.measure(), two_kinds_of_members
+    dimensions = figure.parameters(MLP())
+    expected = [figure.expected_cosine(dimensions, count) for count in figure.BATCH_POPULATIONS]
+    assert cosines.batch == pytest.approx(expected, abs=0.015)
+    place = figure.EXAMPLE_POPULATIONS.index(figure.OURS)
+    theirs = figure.expected_cosine(dimensions, figure.THEIRS)
+    assert min(cosines.example[place], cosines.example_trained[place]) > 1.5 * theirs
+    assert min(cosines.example[-1], cosines.example_trained[-1]) > 0.99
 
 
 def test_the_plotted_costs_are_those_of_a_layer():
     outputs, inputs, rank, batch = 5, 7, 3, 11
-    layer = MLP(inputs, outputs, 2).layers[0]
-    population = Population(torch.nn.Sequential(layer), 2, rank, sigma=0.1, seed=0, step=0)
-    (noise,) = population.noise_blocks(0)
-    perturbation, x = noise.materialise()[0], torch.randn(batch, inputs)
+    weight, x = torch.randn(outputs, inputs), torch.randn(batch, inputs)
+    members = BatchMembers(2, sigma=0.1, rank=rank)
+    step = Step(Keys(0, 0, x.device), [weight], [], [], torch.zeros(()))
+    noise = members.draw(step, make_blocks([(None, 2)], 32))
+    a, b = noise["a0"][0], noise["b0"][0]
 
-    low = why_low_rank.noise_numbers_low(outputs, inputs, rank)
-    assert low == noise.a.numel() + noise.b.numel()
-    assert why_low_rank.noise_numbers_full(outputs, inputs) == perturbation.numel()
+    assert why_low_rank.noise_numbers_low(outputs, inputs, rank) == a.numel() + b.numel()
+    assert why_low_rank.noise_numbers_full(outputs, inputs) == weight.numel()
 
     with FlopCounterMode(display=False) as counter:
-        x @ noise.b[0].T @ noise.a[0]
+        x @ b.T @ a
     # torch counts a multiply-add as two operations
     counted = counter.get_total_flops() // 2
     assert why_low_rank.multiply_adds_low(outputs, inputs, rank, batch) == counted
-    formed = layer.weight + population.sigma * perturbation
-    assert why_low_rank.multiply_adds_full(outputs, inputs) == formed.numel()
+    assert why_low_rank.multiply_adds_full(outputs, inputs) == (weight + a.T @ b).numel()

@@ -1,10 +1,13 @@
-"""One step of EGGROLL as pseudocode, and beside each line the tensors that it makes or reads."""
+"""One step of EGGROLL as pseudocode, for both kinds of members side by side.
 
-# ruff: noqa: RUF001 - the minus and sigma are meant: they are drawn
+Names and shapes are those of the code: eggroll/evolution.py and eggroll/members.py.
+"""
+
+# ruff: noqa: RUF001 - the minus, times and sigma are meant: they are drawn
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, groupby, islice
+from itertools import cycle, islice
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -32,14 +35,17 @@ LETTERS = {
     "O": "outputs",
     "R": "rank",
 }
-INCHES = {"B": 0.5, "I": 1.0, "O": 0.7, "R": 0.15}  # what an axis of a drawn matrix measures
-SHEETS, CELLS = {"P": 4, "N": 3}, {"P": 6, "N": 3}  # drawn, for however many there are
+INCHES = {"P": 0.6, "B": 0.44, "I": 0.75, "O": 0.5, "R": 0.14}  # of an axis of a drawn matrix
+SHEETS, CELLS = {"P": 4, "N": 3}, {"P": 4, "N": 2, "B": 3}  # drawn, for however many there are
 
 NOISE, PLAIN = "#f6cfa9", "#d4d4d4"
 SIGNS = ("#f0a863", "#82a9d8")  # of the members 2k and 2k + 1
 
-WIDTH, HEIGHT, ROW = 18.2, 10.4, 1.02
-CODE, SLOTS = 2.35, (10.0, 12.45, 14.9)  # inches from the left
+WIDTH, HEIGHT, ROW = 20.2, 14.4, 1.0
+NAME = 0.7  # middle of the phases' names, inches from the left
+COLUMNS = (1.25, 10.65)  # where each listing begins
+COLUMN = 9.0  # its width
+SLOTS = (5.0, 6.85)  # where a line's tensors stand, from the listing's left
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,12 @@ class Shape:
     axes: str  # one of LETTERS each
     colour: str = PLAIN
     slot: int = 0
+    twins: bool = False  # its members alternate between both signs
 
     @property
     def colours(self) -> Iterable[str]:
-        """Of one sheet or cell after the other; members alternate between both signs."""
-        return cycle(SIGNS if self.axes[0] == "P" else (self.colour,))
+        """Of one sheet or cell after the other."""
+        return cycle(SIGNS if self.twins else (self.colour,))
 
     @property
     def label(self) -> str:
@@ -63,127 +70,162 @@ class Shape:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of pseudocode, a remark below it and the tensors beside it."""
+    """A line of pseudocode, a remark below it, and beside it the tensors that it makes."""
 
-    phase: str
     code: str
     note: str
     shapes: Sequence[Shape] = ()
 
 
-RESULT = 2  # the slot of what a line makes from what it reads
 A, B = Shape("a", "NRO", NOISE), Shape("b", "NRI", NOISE, slot=1)
+ROWS, SIGN_COLUMNS = Shape("rows", "PO", NOISE), Shape("d", "BO", NOISE, slot=1)
+U = Shape("u", "PB", NOISE, slot=1)
+ESTIMATE = Shape("g", "OI", NOISE, slot=1)
 
-LINES = (
+UNPERTURBED = Line(
+    "calls, s₀ = the unperturbed network",
+    "once for all members: what each layer reads, x, and writes, y₀ = x Wᵀ; and its scores s₀",
+)
+GRADIENT = Line(
+    "W.grad = −g;   step = step + 1",
+    "optimizers descend and fitness is to rise: hence the minus",
+)
+UPDATE = Line(
+    "optimizer.step()",
+    "any of torch.optim; nowhere else is a weight written",
+)
+
+BATCH = (
+    Line("a, b = noise(key)", "Gaussian; a is times σ/√R", (A, B)),
     Line(
-        "ask",
-        "key = (seed, step, layer, block)",
-        "names the noise of a block of pairs; nothing is drawn yet",
-        (Shape("members", "P"),),
+        "u = x bᵀ",
+        "in the first layer one for both signs",
+        (Shape("u", "NBR", NOISE, slot=1),),
     ),
     Line(
-        "evaluate",
-        "a, b = noise(key)",
-        "first draw, shared by the two signs of each pair",
-        (A, B),
+        "y = x Wᵀ ± u a",
+        "in every layer; W ± σE is never formed",
+        (Shape("y", "PBO", slot=1, twins=True),),
     ),
     Line(
-        "evaluate",
-        "y = x Wᵀ ± σ/√R · (x bᵀ) a",
-        "W ± σE is never formed; in deeper layers x is (P, B, I)",
-        (Shape("x", "BI"), Shape("W", "OI", slot=1), Shape("y", "PBO", slot=RESULT)),
+        "scores = mean(fitness(outputs, labels))",
+        "one for the whole batch",
+        (Shape("scores", "P", slot=1, twins=True),),
     ),
     Line(
-        "evaluate",
-        "scores = mean(fitness(y, labels))",
-        "from the last layer's y, averaged over the batch",
-        (Shape("y", "PBO"), Shape("scores", "P", slot=RESULT)),
+        "z = z_score(scores)",
+        "over the population",
+        (Shape("z", "P", slot=1, twins=True),),
+    ),
+    Line("a, b = noise(key)", "drawn again: same key, same noise", (A, B)),
+    Line(
+        "w[k] = (z[2k] − z[2k+1]) / (σ P)",
+        "weight of the pair: which sign is better",
+        (Shape("w", "N", slot=1),),
     ),
     Line(
-        "shape",
-        "z = z_score(scores);  w[k] = (z[2k] − z[2k+1]) / P",
-        "the better sign of pair k gives the direction, the gap its size",
-        (Shape("scores", "P"), Shape("w", "N", slot=RESULT)),
-    ),
-    Line(
-        "estimate",
-        "a, b = noise(key)",
-        "second draw, from the same keys",
-        (A, B),
-    ),
-    Line(
-        "estimate",
-        "g = Σ w[k] · a[k]ᵀ b[k] / √R",
-        "one matrix product for each block of pairs; no E is formed",
-        (Shape("w", "N"), Shape("estimate g", "OI", NOISE, slot=RESULT)),
-    ),
-    Line(
-        "step",
-        "W.grad = −g;  optimizer.step();  step = step + 1",
-        "optimizers descend and fitness should rise: hence the minus",
-        (Shape("estimate g", "OI", NOISE), Shape("W", "OI", slot=RESULT)),
+        "g = Σ w[k] · a[k]ᵀ b[k]",
+        "one product for many pairs",
+        (ESTIMATE,),
     ),
 )
-FIRST_DRAW, SECOND_DRAW = (i for i, line in enumerate(LINES) if A in line.shapes)
+EXAMPLE = (
+    Line("rows, d = noise(layer)", "orthogonal rows, random signs", (ROWS, SIGN_COLUMNS)),
+    Line("u = c · noise(key)", "random signs; c² = σ² · mean of |x|²", (U,)),
+    Line(
+        "y = y₀ + u · d · rows",
+        "in one layer; those before it are known",
+        (Shape("y", "PBO", slot=1),),
+    ),
+    Line(
+        "scores = fitness(outputs, labels)",
+        "one for every example",
+        (Shape("scores", "PB", slot=1),),
+    ),
+    Line(
+        "change = scores − s₀",
+        "against the unperturbed network",
+        (Shape("change", "PB", slot=1),),
+    ),
+    Line("u = c · noise(key)", "drawn again; rows and d are kept", (U,)),
+    Line(
+        "δ = d · (change · u)ᵀ rows / (c² P)",
+        "gradient in what the layer writes",
+        (Shape("δ", "BO", NOISE, slot=1),),
+    ),
+    Line(
+        "g = δᵀ x / B",
+        "gradient in its weights: x is known",
+        (ESTIMATE,),
+    ),
+)
+LISTINGS = (  # name, remark, lines, and which of them draws what is drawn again
+    ("BatchMembers", "each sees the whole batch and perturbs all layers; P in a step", BATCH, 0),
+    (
+        "ExampleMembers",
+        "each sees one example and perturbs one layer; P per example and layer",
+        EXAMPLE,
+        1,
+    ),
+)
+EVALUATE = 4  # lines of a listing that belong to evaluate; the others belong to backward
+SECOND_DRAW = 5  # the line that draws again what the listing's first draw drew
 
 
 def draw() -> Figure:
     axes = sheet(WIDTH, HEIGHT)
-    write(axes, WIDTH / 2, HEIGHT - 0.55, "One step of EGGROLL", TITLE, fontweight="bold")
-    heights = _heights()
-    _bands(axes, heights)
-    for line, middle in zip(LINES, heights, strict=True):
-        _line(axes, line, middle)
-    _same_noise(axes, heights[FIRST_DRAW], heights[SECOND_DRAW])
+    write(axes, WIDTH / 2, HEIGHT - 0.5, "One step of EGGROLL", TITLE, fontweight="bold")
+    top = HEIGHT - 2.05
+    evaluate = [top - ROW * (i + 1.5) for i in range(EVALUATE)]
+    backward = [evaluate[-1] - 0.1 - ROW * (i + 1) for i in range(len(BATCH) - EVALUATE)]
+    gradient = backward[-1] - ROW
+    last = gradient - 0.1 - ROW
+    _band(axes, "evaluate", top, evaluate[-1] - ROW / 2)
+    _band(axes, "backward", backward[0] + ROW / 2, gradient - ROW / 2)
+    _band(axes, "step", last + ROW / 2, last - ROW / 2)
+    _line(axes, UNPERTURBED, COLUMNS[0], top - ROW / 2)
+    _line(axes, GRADIENT, COLUMNS[0], gradient)
+    _line(axes, UPDATE, COLUMNS[0], last)
+    for (name, remark, lines, first_draw), left in zip(LISTINGS, COLUMNS, strict=True):
+        write(axes, left, HEIGHT - 1.3, name, HEADING, ha="left", fontweight="bold")
+        write(axes, left, HEIGHT - 1.7, remark, SMALL, ha="left", color=GREY)
+        heights = evaluate + backward
+        for line, middle in zip(lines, heights, strict=True):
+            _line(axes, line, left, middle)
+        _same_noise(axes, left + COLUMN, heights[first_draw], heights[SECOND_DRAW])
+    between = COLUMNS[1] - 0.2
+    axes.plot([between, between], [evaluate[0] + 0.4, backward[-1] - 0.4], color="#cccccc", lw=1.5)
     _letters(axes)
     return axes.figure
 
 
-def _heights() -> list[float]:
-    """The middle of each line above the bottom of the sheet; phases stand a little apart."""
-    heights, top = [], HEIGHT - 1.1
-    for _, lines in groupby(LINES, key=lambda line: line.phase):
-        for _ in lines:
-            heights.append(top - ROW / 2)
-            top -= ROW
-        top -= 0.1
-    return heights
-
-
-def _bands(axes: Axes, heights: Sequence[float]) -> None:
+def _band(axes: Axes, phase: str, top: float, bottom: float) -> None:
     """One background and one name for each phase."""
-    placed = zip(LINES, heights, strict=True)
-    for phase, lines in groupby(placed, key=lambda pair: pair[0].phase):
-        middles = [middle for _, middle in lines]
-        top, bottom = middles[0] + ROW / 2, middles[-1] - ROW / 2
-        box(axes, 0.3, bottom, WIDTH - 0.6, top - bottom, facecolor="#f6f6f6", edgecolor="none")
-        write(axes, 0.55, (top + bottom) / 2, phase, HEADING, ha="left", fontweight="bold")
+    box(axes, 0.3, bottom, WIDTH - 0.6, top - bottom, facecolor="#f6f6f6", edgecolor="none")
+    write(axes, NAME, (top + bottom) / 2, phase, HEADING, rotation=90, fontweight="bold")
 
 
-def _line(axes: Axes, line: Line, middle: float) -> None:
-    write(axes, CODE, middle + 0.17, line.code, BODY, ha="left", family="DejaVu Sans Mono")
-    write(axes, CODE, middle - 0.2, line.note, SMALL, ha="left", color=GREY)
+def _line(axes: Axes, line: Line, left: float, middle: float) -> None:
+    write(axes, left, middle + 0.17, line.code, BODY, ha="left", family="DejaVu Sans Mono")
+    write(axes, left, middle - 0.2, line.note, SMALL, ha="left", color=GREY)
     for shape in line.shapes:
-        _shape(axes, shape, middle)
-    if any(shape.slot == RESULT for shape in line.shapes):
-        arrow(axes, (SLOTS[RESULT] - 0.6, middle), (SLOTS[RESULT] - 0.12, middle))
+        _shape(axes, shape, left + SLOTS[shape.slot], middle)
 
 
-def _shape(axes: Axes, shape: Shape, middle: float) -> None:
+def _shape(axes: Axes, shape: Shape, left: float, middle: float) -> None:
     """The tensor, and to the right of it its name over its shape."""
-    left = SLOTS[shape.slot]
     draw_it = _cells if len(shape.axes) == 1 else _stack
     right = draw_it(axes, shape, left, middle)
-    write(axes, right + 0.15, middle + 0.16, shape.name, SMALL, ha="left", fontweight="bold")
-    write(axes, right + 0.15, middle - 0.16, shape.label, SMALL, ha="left")
+    write(axes, right + 0.12, middle + 0.16, shape.name, SMALL, ha="left", fontweight="bold")
+    write(axes, right + 0.12, middle - 0.16, shape.label, SMALL, ha="left")
 
 
 def _cells(axes: Axes, shape: Shape, left: float, middle: float) -> float:
-    """A vector as a row of squares, members with their sign; returns its right end."""
+    """A vector as a row of squares, twins with their sign; returns its right end."""
     side, count = 0.24, CELLS[shape.axes]
     for place, colour in enumerate(islice(shape.colours, count)):
         _rectangle(axes, left + place * side, middle - side / 2, side, side, colour)
-        if shape.axes == "P":
+        if shape.twins:
             write(axes, left + (place + 0.5) * side, middle, "+−"[place % 2], SMALL - 2)
     return left + count * side
 
@@ -207,16 +249,17 @@ def _rectangle(
     axes.add_patch(Rectangle((left, bottom), width, height, fc=colour, ec=INK, lw=1))
 
 
-def _same_noise(axes: Axes, first: float, second: float) -> None:
-    """From the first draw to the second: the keys are kept in place of the noise."""
-    start, corner = SLOTS[RESULT] - 0.12, WIDTH - 0.55
-    axes.plot([start, corner, corner], [first, first, second], "--", color=POSITIVE, lw=2)
-    arrow(axes, (corner, second), (start, second), color=POSITIVE, linestyle="--", lw=2)
-    middle = (start + corner) / 2
-    write(axes, middle, first + 0.22, "kept: the key alone", SMALL, color=POSITIVE)
-    write(axes, middle, second + 0.22, "same key, same noise", SMALL, color=POSITIVE)
+def _same_noise(axes: Axes, corner: float, first: float, second: float) -> None:
+    """From the first draw to the second: the key is kept in place of the noise."""
+    axes.plot([corner - 0.15, corner, corner], [first, first, second], "--", color=POSITIVE, lw=2)
+    arrow(axes, (corner, second), (corner - 0.22, second), color=POSITIVE, linestyle="--", lw=2)
 
 
 def _letters(axes: Axes) -> None:
+    key = (
+        "key = (seed, step, parameter, block), layer = (seed, step, parameter): "
+        "along the dashed lines the key is kept, not the noise"
+    )
     text = "      ".join(f"{letter}  {meaning}" for letter, meaning in LETTERS.items())
-    write(axes, WIDTH / 2, 0.35, text, SMALL, color=GREY)
+    write(axes, WIDTH / 2, 0.78, key, SMALL, color=POSITIVE)
+    write(axes, WIDTH / 2, 0.36, text, SMALL, color=GREY)

@@ -1,6 +1,6 @@
 """One step of EGGROLL on a small network, in matrices: every number is measured, none made up.
 
-Letters: P members, N = P / 2 antithetic pairs, R = 1 rank, O/I the layer's outputs/inputs.
+Shapes: P members, N = P / 2 antithetic pairs, R = 1 rank, O/I the layer's outputs/inputs.
 """
 
 # ruff: noqa: RUF001 - the minus, times and sigma are meant: they are drawn
@@ -13,9 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from eggroll import MLP, Evolution, Population, cross_entropy
-from eggroll.estimator import estimate_layer, pair_weights
-from eggroll.noise import LayerNoise, concatenate
+from eggroll import MLP, BatchMembers, Evolution, cross_entropy
+from eggroll.fitness import z_score
+from eggroll.members import Step as Known
+from eggroll.noise import Keys
+from eggroll.seam import record
 from visualizations.canvas import (
     BODY,
     GREY,
@@ -50,20 +52,24 @@ CELL = 16 / TALK_STYLE["savefig.dpi"]  # whole pixels, or the squares come out u
 class Step:
     """What one step of EGGROLL read, drew and wrote, for the drawn layer."""
 
-    population: Population
     weights: Tensor  # (O, I)
-    noise: list[LayerNoise]  # of all N pairs
+    a: Tensor  # (N, O, R): factors of all pairs
+    b: Tensor  # (N, I, R)
     scores: Tensor  # (P,)
     pair_weights: Tensor  # (N,)
-    partial_sums: list[Tensor]  # (O, I) each, the last over all pairs
+    gradient_estimate: Tensor  # (O, I): what the library left in .grad, uphill
     new_weights: Tensor  # (O, I)
     fitness: float
     new_fitness: float
 
     @property
-    def estimate(self) -> Tensor:
-        """The fitness-weighted sum of all perturbations, (O, I)."""
-        return self.partial_sums[-1]
+    def perturbations(self) -> Tensor:
+        """E = A B^T / sqrt(R) of every pair, (N, O, I), for R = 1."""
+        return self.a @ self.b.mT
+
+    def partial_sum(self, pairs: int) -> Tensor:
+        """The weighted sum of the first perturbations, (O, I)."""
+        return torch.einsum("n,noi->oi", self.pair_weights[:pairs], self.perturbations[:pairs])
 
 
 def toy_batch() -> tuple[Tensor, Tensor]:
@@ -80,31 +86,39 @@ def measure() -> Step:
     """Take one step with the library's own parts, and keep what they computed."""
     inputs, labels = toy_batch()
     network = MLP(INPUTS, HIDDEN, CLASSES, seed=SEED)
-    layer, fitness = network.layers[LAYER], cross_entropy()
-    evolution = Evolution(network, fitness, population=2 * PAIRS, sigma=SIGMA, seed=SEED)
-    weights, before = layer.weight.clone(), fitness(network(inputs), labels).mean().item()
+    layer, fitness, members = network.layers[LAYER], cross_entropy(), BatchMembers(2 * PAIRS, SIGMA)
+    evolution = Evolution(network, fitness, members, seed=SEED)
+    weights, before = layer.weight.clone(), fitness(network(inputs), labels).mean()
 
-    population = evolution.ask()
-    scores = evolution.evaluate(population, inputs, labels)
-    shares = pair_weights(scores, evolution.shaping, SIGMA)
-    noise = concatenate(list(population.noise_blocks(LAYER)))
-    partial_sums = [
-        estimate_layer(layer, [LayerNoise(noise.a[:k], noise.b[:k])], shares[:k])[0]
-        for k in PARTIAL_SUMS
-    ]
-    evolution.tell(population, scores)
+    a, b = factors(evolution, inputs, before)  # drawn from the step's keys, as often as one likes
+    scores = evolution.evaluate(inputs, labels)
+    evolution.backward(scores)
+    estimate = -layer.weight.grad
     torch.optim.SGD(network.parameters(), lr=LEARNING_RATE).step()
+
+    shaped = z_score(scores)
     return Step(
-        population=population,
         weights=weights,
-        noise=[noise],
+        a=a,
+        b=b,
         scores=scores,
-        pair_weights=shares,
-        partial_sums=partial_sums,
+        pair_weights=(shaped[0::2] - shaped[1::2]) / len(scores),
+        gradient_estimate=estimate,
         new_weights=layer.weight.clone(),
-        fitness=before,
+        fitness=before.item(),
         new_fitness=fitness(network(inputs), labels).mean().item(),
     )
+
+
+def factors(evolution: Evolution, inputs: Tensor, fitness: Tensor) -> tuple[Tensor, Tensor]:
+    """A (N, O, R) and B (N, I, R) that the coming step draws for the drawn layer."""
+    evolving = evolution.evolving
+    calls, _ = record(evolution.network, evolving.weights, inputs)
+    keys = Keys(evolution.seed, evolution.step, inputs.device)
+    known = Known(keys, evolving.weights, evolving.biases, calls, fitness)
+    noise = evolution.members.draw(known, evolution.blocks)
+    # the library's is times sigma / sqrt(R) already
+    return noise[f"a{LAYER}"].mT / SIGMA, noise[f"b{LAYER}"].mT
 
 
 def rank(matrix: Tensor) -> int:
@@ -113,15 +127,15 @@ def rank(matrix: Tensor) -> int:
 
 def rank_of_members(step: Step) -> int:
     """The rank that every single perturbation has."""
-    (common,) = {rank(matrix) for block in step.noise for matrix in block.materialise()}
+    (common,) = {rank(matrix) for matrix in step.perturbations}
     return common
 
 
 def draw() -> Figure:
     step = measure()
-    axes = sheet(18.2, 9.8)
+    axes = sheet(18.2, 10.1)
     title = f"EGGROLL: many rank-{rank_of_members(step)} perturbations, one full-rank update"
-    write(axes, 9.1, 9.25, title, TITLE, fontweight="bold")
+    write(axes, 9.1, 9.6, title, TITLE, fontweight="bold")
     _old_weights(axes, step)
     _perturbations(axes, step)
     _fitness(axes, step)
@@ -143,15 +157,14 @@ def _old_weights(axes: Axes, step: Step) -> None:
 
 def _perturbations(axes: Axes, step: Step) -> None:
     """Column times row gives a matrix, one line per pair."""
-    _heading(axes, 5.1, "one random matrix per pair", r"$a_k \; b_k^{\mathsf{T}} = E_k$")
+    _heading(axes, 5.1, "one random matrix per pair", r"$A_k \; B_k^{\mathsf{T}} = E_k$")
     _bracket(axes, 2.9, opens=True)
-    first = step.noise[0]
     for k, middle in enumerate(ROWS):
-        _matrix(axes, first.a[k].T, 3.15, middle)
+        _matrix(axes, step.a[k], 3.15, middle)
         write(axes, 3.5, middle, "×", HEADING)
-        _matrix(axes, first.b[k], 3.72, middle)
+        _matrix(axes, step.b[k].T, 3.72, middle)
         write(axes, 5.42, middle, "=", HEADING)
-        _matrix(axes, first.materialise()[k], 5.66, middle)
+        _matrix(axes, step.perturbations[k], 5.66, middle)
     footnote = f"{SHOWN} of {PAIRS} pairs, each of rank {rank_of_members(step)}"
     write(axes, 5.1, FOOTNOTE, footnote, SMALL, color=GREY)
 
@@ -170,13 +183,13 @@ def _fitness(axes: Axes, step: Step) -> None:
             value = f"{symbol}  {_number(step.scores[member])}"
             write(axes, 9.75, height, value, SMALL, ha="left", color=colour)
     axes.plot([zero, zero], [ROWS[-1] - 0.55, ROWS[0] + 0.55], "--", color=GREY, lw=1.5)
-    baseline = f"← worse    better →\nthan W itself, {_number(step.fitness)}"
+    baseline = "← worse    better →\nthan unperturbed"
     write(axes, zero, FOOTNOTE, baseline, SMALL, color=GREY)
 
 
 def _pair_weights(axes: Axes, step: Step) -> None:
     """Each pair's weight in the sum, in the colour of the sign that did better."""
-    _heading(axes, 12.1, "pair weight", "$w_k$")
+    _heading(axes, 12.1, "weight of\nthe pair", "$w_k$")
     limit = float(step.pair_weights[:SHOWN].abs().max())
     for k, middle in enumerate(ROWS):
         weight = float(step.pair_weights[k])
@@ -191,11 +204,12 @@ def _pair_weights(axes: Axes, step: Step) -> None:
 
 def _sums(axes: Axes, step: Step) -> None:
     """The sum over the first pair, the shown ones and all of them: its rank grows until full."""
-    _heading(axes, 14.45, "weighted sum", r"$\Sigma_k \, w_k E_k$")
+    _heading(axes, 14.45, "gradient\nestimate", r"$\Sigma_k \, w_k E_k$")
     _bracket(axes, 12.8, opens=False)
     arrow(axes, (12.88, MIDDLE), (13.6, MIDDLE), "add up")
     heights = (6.8, MIDDLE, 3.1)
-    for pairs, total, middle in zip(PARTIAL_SUMS, step.partial_sums, heights, strict=True):
+    for pairs, middle in zip(PARTIAL_SUMS, heights, strict=True):
+        total = step.partial_sum(pairs)
         _matrix(axes, total, 13.72, middle)
         label = f"{pairs} pair{'s' * (pairs > 1)}: rank {rank(total)}"
         full = rank(total) == min(total.shape)
@@ -217,8 +231,8 @@ def _caption(axes: Axes) -> None:
     lines = (
         f"Measured: first layer of an MLP {sizes}, all of whose layers are perturbed "
         f"and updated together, on a toy batch of {EXAMPLES} examples.",
-        f"N = {PAIRS} pairs, P = {2 * PAIRS} members, σ = {SIGMA}; fitness F: mean log-likelihood "
-        "of the label in nats, z: its z-score over the members.",
+        f"N = {PAIRS} pairs, P = {2 * PAIRS} batch members, σ = {SIGMA}; fitness F: mean "
+        "log-likelihood of the label in nats, z: its z-score over the members.",
     )
     write(axes, 9.1, 1.05, "\n".join(lines), SMALL, color=GREY, linespacing=1.4)
     _key(axes, 4.5, 0.42)
@@ -235,7 +249,7 @@ def _key(axes: Axes, left: float, middle: float) -> None:
 
 
 def _heading(axes: Axes, x: float, name: str, formula: str) -> None:
-    write(axes, x, 8.45, name, HEADING, fontweight="bold")
+    write(axes, x, 8.32, name, HEADING, va="baseline", fontweight="bold")
     write(axes, x, 7.98, formula, BODY, color=GREY)
 
 

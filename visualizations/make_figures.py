@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lab.cli import MARKERS, run_script
 from lab.plots import save
-from visualizations import algorithm, how_eggroll_works, why_low_rank
+from visualizations import algorithm, how_eggroll_works, two_kinds_of_members, why_low_rank
 from visualizations.canvas import TALK_STYLE
 
-FIGURES = (how_eggroll_works, algorithm, why_low_rank)
+FIGURES = (how_eggroll_works, two_kinds_of_members, algorithm, why_low_rank)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What one perturbation of one layer costs, of full rank and of low rank: counted, not timed.
 
-Letters: B examples, R rank, O/I a layer's outputs/inputs.
+Shapes: B examples, R rank, O/I a layer's outputs/inputs.
 """
 
 # ruff: noqa: RUF001 - the times sign is meant: it is drawn
@@ -62,7 +62,7 @@ NOISE = Cost(
     lambda width: noise_numbers_full(width, width),
     lambda width, rank: noise_numbers_low(width, width, rank),
     "full rank: the matrix E, O · I numbers\n"
-    "EGGROLL, rank R: factors a and b, R · (O + I) numbers\n"
+    "rank R: factors a and b, R · (O + I) numbers\n"
     "one perturbation serves both signs of a pair",
 )
 ARITHMETIC = Cost(
@@ -71,7 +71,7 @@ ARITHMETIC = Cost(
     lambda width: multiply_adds_full(width, width),
     lambda width, rank: multiply_adds_low(width, width, rank, BATCH),
     "full rank: W + σE, O · I\n"
-    "EGGROLL, rank R: x bᵀ and its product with a, B · R · (I + O)\n"
+    "rank R: x bᵀ and its product with a, B · R · (I + O)\n"
     "not counted: drawing noise, and x Wᵀ, B · O · I per member\n"
     "(at low rank once for all members, where they share x)",
 )
