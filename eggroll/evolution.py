@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from eggroll import fused
 from eggroll.compiled import BackendError, Compiled
-from eggroll.evolving import find_evolving, needs_expansion
+from eggroll.evolving import find_evolving, inspect, positions
 from eggroll.fitness import Fitness, check_finite, check_scores
 from eggroll.members import (
     BatchMembers,
@@ -104,7 +104,7 @@ class Evolution:
     @property
     def mean_fitness(self) -> Tensor:
         """Of the unperturbed network on the last batch, 0-d, in nats or the fitness's own units."""
-        return self._last.baseline.double().mean() * getattr(self.fitness, "unit", 1.0)
+        return self._last.baseline.float().mean() * getattr(self.fitness, "unit", 1.0)
 
     # ---- a step ----
 
@@ -163,10 +163,10 @@ class Evolution:
 
     def _meet(self, inputs: Tensor) -> None:
         """On the first batch: which weights the network uses, and how it treats the member axis."""
-        calls, _ = record(self.evaluated, self.evolving.weights, inputs)
-        self._targets = find_evolving(self.network, calls)
-        self.evolving = find_evolving(self.evaluated, calls)
-        self.expand = needs_expansion(self.evaluated, self.evolving, inputs)
+        calls, self.expand = inspect(self.evaluated, self.evolving, inputs)
+        used = positions(self.evolving, calls)
+        self._targets = find_evolving(self.network, used)
+        self.evolving = find_evolving(self.evaluated, used)
         self._plan()
         if self.fixed:
             warnings.warn(f"these stay as they are: {', '.join(self.fixed)}", stacklevel=4)

@@ -26,26 +26,29 @@ class Evolving:
         return None
 
 
-def find_evolving(network: nn.Module, seen: Sequence[Call] | None = None) -> Evolving:
+def find_evolving(network: nn.Module, used: tuple[set[int], set[int]] | None = None) -> Evolving:
     """Weights and biases of every nn.Linear, in the order in which modules are registered.
 
-    Frozen parameters (requires_grad=False) are left out, and with `seen` those that no call used.
-    Raises PopulationError where nothing is left.
+    Frozen parameters (requires_grad=False) are left out, and those that are not among the positions
+    `used`. Raises PopulationError where nothing is left.
     """
     linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     weights = _distinct([layer.weight for layer in linears])
     biases = _distinct([layer.bias for layer in linears if layer.bias is not None])
-    if seen is not None:
-        used = {call.index for call in seen}
-        weights = [weight for index, weight in enumerate(weights) if index in used]
-        biases = [bias for bias in biases if any(call.bias is bias for call in seen)]
+    if used is not None:
+        weights = [weight for index, weight in enumerate(weights) if index in used[0]]
+        biases = [bias for index, bias in enumerate(biases) if index in used[1]]
+    if not weights:
+        raise PopulationError("the network has no nn.Linear to evolve, or never calls F.linear")
     evolving = {id(parameter) for parameter in (*weights, *biases)}
     fixed = [name for name, p in network.named_parameters() if id(p) not in evolving]
-    if not weights:
-        raise PopulationError(
-            "the network has no nn.Linear to evolve, or calls none through F.linear"
-        )
     return Evolving(weights, biases, fixed)
+
+
+def positions(evolving: Evolving, calls: Sequence[Call]) -> tuple[set[int], set[int]]:
+    """Which of the weights and of the biases the calls used."""
+    biases = {evolving.bias_index(call.bias) for call in calls} - {None}
+    return {call.index for call in calls}, biases
 
 
 def _distinct(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -54,14 +57,15 @@ def _distinct(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
     return list({id(p): p for p in trained}.values())
 
 
-def needs_expansion(network: nn.Module, evolving: Evolving, inputs: Tensor) -> bool:
-    """Whether inputs must be expanded to all members, since a leading axis of 1 does not broadcast.
+def inspect(network: nn.Module, evolving: Evolving, inputs: Tensor) -> tuple[list[Call], bool]:
+    """The network's calls, and whether inputs must be expanded to all members, since a leading axis
+    of 1 does not broadcast in it.
 
     Found out by comparing two members with each by itself, its perturbations formed. Raises
     PopulationError, with what to write instead, for a network that moves or folds the leading axis.
     """
-    if not evolving.weights[0].is_floating_point():
-        return False  # integer networks are the package's own
+    if not evolving.weights[0].is_floating_point():  # integer networks are the package's own
+        return record(network, evolving.weights, inputs)[0], False
     training = network.training
     network.eval()  # dropout would draw different masks
     try:
@@ -69,8 +73,11 @@ def needs_expansion(network: nn.Module, evolving: Evolving, inputs: Tensor) -> b
         failure = ""
         for expand in (False, True):
             try:
-                if _members_agree(network, evolving, inputs, plain, expand):
-                    return expand
+                calls, outputs = record(network, evolving.weights, inputs)
+                if outputs.shape == (1, *plain.shape) and _members_agree(
+                    network, evolving, calls, inputs, plain, expand
+                ):
+                    return calls, expand
             except Exception as error:  # any shape error of any layer
                 failure = f" ({' '.join(str(error).split())[:80]})"
     finally:
@@ -78,34 +85,36 @@ def needs_expansion(network: nn.Module, evolving: Evolving, inputs: Tensor) -> b
     members = (2, *inputs.shape)
     raise PopulationError(
         f"the network does not keep the leading axis of inputs {members}, the members{failure}: "
-        "address axes from the end (flatten(-3) instead of flatten(1), mean(-2) instead of "
-        "mean(1))"
+        "address axes from the end (flatten(-3) instead of flatten(1), mean(-2) instead of mean(1))"
     )
 
 
 def _members_agree(
-    network: nn.Module, evolving: Evolving, inputs: Tensor, plain: Tensor, expand: bool
+    network: nn.Module,
+    evolving: Evolving,
+    calls: Sequence[Call],
+    inputs: Tensor,  # (B, ...)
+    plain: Tensor,  # the network's outputs for them
+    expand: bool,
 ) -> bool:
-    """Whether two members' outputs are those that each has by itself."""
-    calls, outputs = record(network, evolving.weights, inputs)
-    if outputs.shape != (1, *plain.shape):
-        return False
+    """Whether two members' outputs are those that each has by itself, whatever they perturb."""
     keys = Keys(0, 0, inputs.device)
-    step = Step(keys, evolving.weights, evolving.biases, calls, outputs)
+    step = Step(keys, evolving.weights, evolving.biases, calls, plain)
     # large enough to be told from rounding, relative to each network's own weights
     sigma = 0.1 * float(torch.stack([w.float().std(correction=0) for w in step.weights]).mean())
     members = BatchMembers(2, sigma=sigma or 0.1, antithetic=False)
-    noise = members.draw(step, [Block(None, 0, 0, 2)])
-
-    def add(call, index, bias, x, y):
-        return members.add(noise, call, index, evolving.bias_index(bias), x, y)
-
     seen = inputs.expand(2, *inputs.shape) if expand else inputs.unsqueeze(0)
-    found = forward(network, evolving.weights, [], add, seen)
-    for member, outputs in enumerate(found):
-        formed = _one_member(network, evolving, noise, member, inputs)
-        if outputs.shape != formed.shape or not _close(outputs, formed, plain):
-            return False
+    for layer in (None, *range(len(step.weights))):
+        noise = members.draw(step, [Block(layer, 0, 0, 2)])
+
+        def add(call, index, bias, x, y, noise=noise):
+            return members.add(noise, call, index, evolving.bias_index(bias), x, y)
+
+        found = forward(network, evolving.weights, [], add, seen)
+        for member, outputs in enumerate(found):
+            formed = _one_member(network, evolving, noise, member, inputs)
+            if outputs.shape != formed.shape or not _close(outputs, formed, plain):
+                return False
     return True
 
 
@@ -115,10 +124,10 @@ def _one_member(
     """Outputs (B, ...) of one member by itself, its perturbations formed in full."""
 
     def visit(call, index, bias, x, product):
-        a, b = noise[f"a{index}"][member], noise[f"b{index}"][member]
-        y = product() + x @ (a.T @ b).T
-        place = evolving.bias_index(bias)
-        return y if place is None else y + noise[f"e{place}"][member]
+        y, place = product(), evolving.bias_index(bias)
+        if f"a{index}" in noise:
+            y = y + x @ (noise[f"a{index}"][member].T @ noise[f"b{index}"][member]).T
+        return y + noise[f"e{place}"][member] if f"e{place}" in noise else y
 
     return through(network, evolving.weights, visit, inputs)
 

@@ -239,7 +239,7 @@ def mlp_kernel(
         depth = first + tl.arange(0, DEPTH)
         h = load_tile(product_ptr, example[:, None], hidden1, depth[None, :], examples, hidden1)
         h = h.to(tl.float32)
-        for r in range(RANK):
+        for r in tl.static_range(RANK):
             u = sign * tl.load(u_ptr + r * examples + example).to(tl.float32)
             h += u[:, None] * load_row(a1_ptr + r * hidden1, depth, hidden1)[None, :]
         if e1_ptr is not None:
