@@ -9,7 +9,7 @@ eagerly.
 
 import shutil
 import warnings
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class Compiled:
     Raises BackendError for a backend that is not known, or a compiler that is not there.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: str, device: torch.device):
+    def __init__(self, function: FunctionType, backend: str, device: torch.device):
         if backend not in BACKENDS:
             raise BackendError(f"backend {backend!r} is not known (try {' or '.join(BACKENDS)})")
         self.function, self.backend = function, choose_backend(backend, device, worth=True)
@@ -36,7 +36,9 @@ class Compiled:
         if backend == "compile":
             # reduce-overhead is torch's name for captured graphs
             mode = "reduce-overhead" if device.type == "cuda" else None
-            self.compiled = torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
+            self.compiled = torch.compile(
+                _own_code(function), dynamic=False, fullgraph=True, mode=mode
+            )
 
     def __call__(self, *args: Tensor | dict[str, Tensor]) -> Any:
         if self.backend == "eager":
@@ -59,6 +61,20 @@ class Compiled:
             )
             self.backend = "eager"
             return result
+
+
+def _own_code(function: FunctionType) -> FunctionType:
+    """The function with a code object of its own: the compiler counts variants by code object, and
+    gives up after eight, which the layers of one network can need."""
+    copied = FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def choose_backend(name: str, device: torch.device, worth: bool) -> str:

@@ -5,14 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from eggroll import FitnessError, accuracy, cross_entropy
-from eggroll.fitness import (
-    antithetic_sign,
-    centered_rank,
-    check_finite,
-    member_scores,
-    unshaped,
-    z_score,
-)
+from eggroll.fitness import centered_rank, check_finite, check_scores, unshaped, z_score
 
 
 def test_cross_entropy_is_the_log_likelihood_of_each_example():
@@ -45,7 +38,7 @@ def test_centered_ranks_span_minus_half_to_half_and_ignore_position():
 
 def test_a_population_of_ties_has_no_signal():
     ties = torch.full((8,), 0.3)
-    for shaping in (z_score, centered_rank, antithetic_sign):
+    for shaping in (z_score, centered_rank):
         shaped = shaping(ties)
         assert torch.equal(shaped[0::2] - shaped[1::2], torch.zeros(4))
 
@@ -57,26 +50,21 @@ def test_z_score_is_free_of_offset_and_scale():
     torch.testing.assert_close(shaped, z_score(7 * scores + 3), rtol=1e-4, atol=1e-5)
 
 
-def test_sign_keeps_only_which_of_the_pair_is_better():
-    scores = torch.tensor([1.0, 0.5, 0.2, 9.0, 4.0, 4.0])
-    assert antithetic_sign(scores).tolist() == [1, -1, -1, 1, 0, 0]
-
-
 def test_unshaped_scores_are_left_alone():
     scores = torch.randn(6)
     assert torch.equal(unshaped(scores), scores)
 
 
-def test_scores_per_example_become_their_mean_and_scores_per_member_stay():
-    per_example = torch.randn(4, 9)
-    assert torch.equal(member_scores(per_example, 4), per_example.mean(1))
-    assert torch.equal(member_scores(per_example[:, 0], 4), per_example[:, 0])
-
-
 @pytest.mark.parametrize("shape", [(3,), (), (4, 5, 6), (5, 4)])
 def test_scores_of_a_wrong_shape_are_named(shape):
-    with pytest.raises(FitnessError, match=r"4 members; return \(4, examples\) or \(4,\)"):
-        member_scores(torch.zeros(shape), 4)
+    with pytest.raises(FitnessError, match=r"4 members and 5 examples; return \(4, 5\) or \(4,\)"):
+        check_scores(torch.zeros(shape), 4, 5, by_example=False)
+
+
+def test_example_members_need_a_score_for_each_example():
+    check_scores(torch.zeros(4, 5), 4, 5, by_example=True)
+    with pytest.raises(FitnessError, match="use batch members"):
+        check_scores(torch.zeros(4), 4, 5, by_example=True)
 
 
 def test_scores_that_are_not_finite_are_counted():
