@@ -100,6 +100,16 @@ NO_EFFECT = (
     (("perturb", "rank"), lambda c: c.evolution.members == "example", "with example members"),
     (("update",), lambda c: c.evolution.dtype != "int8", "without --dtype int8"),
     (
+        ("dtype",),
+        lambda c: (c.evolution.dtype, c.evolution.members) == ("bfloat16", "example"),
+        "with example members",
+    ),
+    (
+        ("shaping",),
+        lambda c: c.evolution.update == "votes" and c.evolution.shaping != "sign",
+        "with --update votes",
+    ),
+    (
         ("members", "bias", "activation", "optimizer", "weight_decay"),
         lambda c: c.evolution.dtype == "int8",
         "with --dtype int8",
@@ -131,6 +141,8 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
         values |= {"population": ON_A_GPU[method]}
     if config.run.quick:
         values |= {"population": QUICK[method]}
+    if config.network.hidden_dim < 256:  # counts per layer are for 256 units: share out their sum
+        values |= {"population": str(sum(layer_counts(values["population"])))}
     if flags.members == "example":
         values |= BY_ACTIVATION.get(config.network.activation, {})
     if flags.dtype == "int8":
@@ -156,9 +168,12 @@ def learning_rate(flags: EvolutionFlags, usual: dict[str, Any], population: str)
 def layer_counts(population: str) -> tuple[int, ...]:
     """64+64+16 as numbers. Raises UserError."""
     try:
-        return tuple(int(part) for part in population.split("+"))
+        counts = tuple(int(part) for part in population.split("+"))
     except ValueError as error:
         raise UserError(f"--population {population} is no number (type 144 or 64+64+16)") from error
+    if min(counts) < 1:
+        raise UserError(f"--population {population} is below 1 (type 144 or 64+64+16)")
+    return counts
 
 
 def resolve(config: Config, device: torch.device) -> Config:

@@ -17,15 +17,12 @@ def save(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, content.getvalue())
 
 
-def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """Raises UserError where there is no checkpoint, or it cannot be read."""
+def load(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """None where there is no checkpoint yet. Raises UserError for one that cannot be read."""
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is not there: the run stopped before its first checkpoint "
-            "(start it anew with --overwrite)"
-        ) from error
+    except FileNotFoundError:
+        return None
     except Exception as error:  # what rubbish makes the unpickler raise has no end
         raise UserError(
             f"{path} is damaged and cannot be resumed from (start anew with --overwrite)"

@@ -270,10 +270,13 @@ def read_saved_config(out_dir: Path) -> dict[str, Any]:
     """config.json of a run. Raises UserError where there is none, or it cannot be read."""
     path = Path(out_dir) / "config.json"
     try:
-        return json.loads(path.read_text())
+        saved = json.loads(path.read_text())
+        if not {"method", "command", "flags"} <= set(saved):
+            raise ValueError("it is no run's")
+        return saved
     except FileNotFoundError as error:
         raise UserError(f"{out_dir} holds no run to resume (start one without --resume)") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); start anew with --overwrite") from error
 
 
@@ -305,7 +308,14 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
     `errors` are the library's own that a flag or a file can cause.
     """
     logging.getLogger("torch").setLevel(logging.ERROR)  # "No CUDA runtime is found", and the like
-    warnings.showwarning = lambda message, *_: print(f"{name}: {message}", file=sys.stderr)
+    said = set()  # Python forgets what it has said whenever a library changes its filters
+
+    def show(message: Warning | str, *_: Any) -> None:
+        if str(message) not in said:
+            print(f"{name}: {message}", file=sys.stderr)
+        said.add(str(message))
+
+    warnings.showwarning = show
     warnings.filterwarnings("ignore", module=r"(?!eggroll|lab)")
     try:
         main()

@@ -293,6 +293,8 @@ class Training:
                     "run keeps its flags (leave it out, or start another run)"
                 )
         state = checkpoint.load(self.folder.checkpoint, self.device)
+        if state is None:  # it was stopped before its first checkpoint: start at step 0
+            return
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -1,14 +1,23 @@
-"""Shared by the tests: small networks, and the two scripts as a user runs them."""
+"""Shared by the tests: small networks, and the scripts as a user runs them."""
 
+import contextlib
+import functools
+import gc
+import io
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from eggroll import MLP
+from lab import data
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ("--dataset", "mnist-sample")
@@ -24,6 +33,18 @@ def same_inputs_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def digits_are_parsed_once():
+    """Reading mnist-sample's text files takes seconds. Copies, since int8 converts in place."""
+    read = functools.cache(data._sample)
+
+    def copies():
+        return tuple(data.Split(s.images.clone(), s.labels.clone()) for s in read())
+
+    with mock.patch.object(data, "_sample", copies):
+        yield
+
+
 @pytest.fixture
 def small_network():
     """Sizes are odd and unequal, so that a transposed or mixed-up axis cannot go unseen."""
@@ -37,8 +58,32 @@ def batch():
     return inputs, torch.randint(0, 3, (11,), generator=generator)
 
 
+def captured(name, flags, run):
+    """What `run` does as the command `name flags`: its exit code, stdout and stderr."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    threads = torch.get_num_threads()
+    with (
+        mock.patch.object(sys, "argv", [name, *map(str, flags)]),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        try:
+            run()
+        except SystemExit as stop:
+            code = stop.code or 0
+    torch.set_num_threads(threads)  # --threads is the process's
+    gc.collect()  # a run that failed lets go of its folder
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+def call(script, *flags):
+    """`python script flags` within this process: a process of its own takes seconds to start."""
+    return captured(script, flags, lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
+
+
 def run_command(*command, env=None, cwd=ROOT, timeout=240, **options):
-    """Run a command with its output captured."""
+    """Run a command in a process of its own, with its output captured."""
     threads = {"OMP_NUM_THREADS": "1"}  # the suite runs several at once
     return subprocess.run(
         [str(part) for part in command],
