@@ -41,7 +41,7 @@ BATCH = {"sigma": 0.02, "antithetic": True, "shaping": "z-score", "temperature":
 BATCH |= {"label_smoothing": 0.0, "lr_schedule": "linear"}
 ONE_LAYER = BATCH | {"sigma": 0.004, "antithetic": False}
 PRESETS = {
-    "eggroll": EXAMPLE | {"population": "48+64+16", "lr": 0.1, "epochs": 7},
+    "eggroll": EXAMPLE | {"population": "48+64+16", "lr": 0.06, "epochs": 10},
     "eggroll-int8": EXAMPLE | {"population": "48+64+16", "lr": 0.03, "epochs": 10, "sigma": 0.005},
     "eggroll-batch": BATCH | {"population": "832", "lr": 0.015, "epochs": 3},
     "eggroll-batch-one-layer": ONE_LAYER | {"population": "5120", "lr": 0.012, "epochs": 10},
