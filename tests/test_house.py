@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, call, run_command
 
+from lab import flags
 from lab.report import BEGIN, readme_with_table
 
 LAYERS = {  # what each part may import of the others
@@ -67,17 +68,54 @@ def test_the_readme_table_is_the_committed_results():
     assert readme == readme_with_table(readme), "type: python -m lab.report readme"
 
 
-def test_every_file_that_the_readme_links_is_there():
-    readme = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\(([^)#:]+)\)", readme)
-    missing = [link for link in links if not (ROOT / link).exists()]
-    assert links and not missing
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_is_there(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def blocks_of(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def test_the_code_in_the_readme_runs():
     """Every python block, one after the other in one process, as a reader would paste them."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    blocks = blocks_of(ROOT / "README.md", "python")
     assert blocks
     done = run_command(sys.executable, "-c", "\n".join(blocks))
     assert done.returncode == 0, done.stderr
+    assert float(re.search(r"accuracy ([\d.]+)", done.stdout)[1]) > 0.9
+
+
+COMMANDS = [
+    line.partition("#")[0].split()
+    for page in PAGES
+    for block in blocks_of(page, "bash")
+    for line in block.splitlines()
+    if line.startswith("python ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_of_the_docs_is_one(command):
+    _, target, *flags = command
+    if target == "-m":
+        assert (ROOT / flags[0].replace(".", "/")).with_suffix(".py").exists()
+    elif target.startswith("mnist_"):
+        done = call(target, *flags, "--print-config")
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (ROOT / target).exists()
+
+
+def test_the_page_of_flags_is_what_the_scripts_print():
+    page = (ROOT / "docs" / "flags.md").read_text()
+    assert page == flags.text(), "type: python -m lab.flags > docs/flags.md"
+
+
+def test_the_readme_is_short():
+    text = re.sub(r"```.*?```|^\|.*?$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert len(text.split()) < 1_000

@@ -18,7 +18,8 @@ from lab import checkpoint, cli, data, report
 from lab.clock import Clock, peak_memory_mb
 from lab.divergence import FitnessWatch
 from lab.errors import Interrupted, UserError
-from lab.optim import AveragedWeights, make_optimizer, make_schedule
+from lab.network import start_from
+from lab.optim import make_optimizer, make_schedule
 from lab.runlog import RunFolder, write_text
 from lab.training import Training
 
@@ -141,7 +142,8 @@ def test_flags_that_no_run_can_have_are_refused():
         ("epochs", 0, "--epochs 0 is below 1"),
         ("lr", -0.1, "--lr -0.1 is not above 0"),
         ("momentum", -1, "--momentum -1 is negative"),
-        ("ema_decay", 1.0, "--ema-decay 1.0 is outside"),
+        ("label_smoothing", 1.0, "--label-smoothing 1.0 is outside"),
+        ("threads", 0, "--threads 0 is below 1"),
     ):
         with pytest.raises(UserError, match=message):
             cli.check({flag: value})
@@ -159,7 +161,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         cli.resolve_device("cuda")
 
 
-# ---- optimizers, schedules, averages ----
+# ---- optimizers, schedules ----
 
 
 def training_flags(**values):
@@ -170,13 +172,13 @@ def training_flags(**values):
     ("schedule", "expected"),
     [
         ("constant", [1, 1, 1, 1]),
-        ("exponential", [1, 0.5, 0.25, 0.125]),
         ("linear", [1, 0.75, 0.5, 0.25]),
         ("cosine", [1, 0.8536, 0.5, 0.1464]),
+        ("onecycle", [0.04, 0.9821, 0.6690, 0.2123]),
     ],
 )
 def test_schedules_by_epoch(schedule, expected):
-    flags = training_flags(lr_schedule=schedule, lr_decay=0.5)
+    flags = training_flags(lr_schedule=schedule)
     optimizer = make_optimizer(nn.Linear(2, 2), flags)
     steps = make_schedule(optimizer, flags, steps_per_epoch=10)
     rates = []
@@ -186,27 +188,6 @@ def test_schedules_by_epoch(schedule, expected):
         optimizer.step()
         steps.step()
     assert rates == pytest.approx(expected, abs=1e-4)
-
-
-def averaged(kind, values, **options):
-    network = nn.Linear(1, 1, bias=False)
-    flags = training_flags(average_weights=kind, **options)
-    average = AveragedWeights(network, flags, total_steps=len(values))
-    for step, value in enumerate(values, start=1):
-        nn.init.constant_(network.weight, value)
-        average.update(network, step)
-    return average.model.module.weight.item()
-
-
-def test_equal_average_is_the_mean_of_the_end_of_the_run():
-    assert averaged("equal", [9.0, 9.0, 1.0, 3.0], average_start=0.5) == pytest.approx(2.0)
-
-
-def test_ema_follows_the_weights():
-    expected = 1.0
-    for value in (2.0, 4.0):
-        expected = 0.9 * expected + 0.1 * value
-    assert averaged("ema", [1.0, 2.0, 4.0], ema_decay=0.9) == pytest.approx(expected)
 
 
 # ---- files ----
@@ -255,25 +236,44 @@ def test_peak_memory_sees_an_allocation():
     assert peak_memory_mb(CPU) > block.numel() / 2**20
 
 
+# ---- weights ----
+
+
+def test_weights_of_another_network_are_refused_with_what_differs(tmp_path):
+    path = tmp_path / "model.safetensors"
+    RunFolder(tmp_path, resume=False, overwrite=False).write_model(nn.Linear(2, 3))
+    network = nn.Linear(2, 3)
+    start_from(path, network)
+    with pytest.raises(UserError, match=r"weight is \(3, 2\) float32 there and \(3, 4\)"):
+        start_from(path, nn.Linear(4, 3))
+    with pytest.raises(UserError, match=r"bias is .* there and missing here"):
+        start_from(path, nn.Linear(2, 3, bias=False))
+    path.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="cannot be read"):
+        start_from(path, network)
+
+
 # ---- tables ----
 
 
 def summary(method, seed, accuracy, seconds, **values):
     base = dict.fromkeys(report.SUMMARY_KEYS, "")
     base |= {"dataset": "mnist", "epochs": 10, "device": "cpu", "status": "finished"}
-    base |= {"method": method, "seed": seed, "peak_memory_mb": 100.0}
+    base |= {"method": method, "row": method, "fitness": "cross-entropy", "seed": seed}
+    base |= {"peak_memory_mb": 100.0, "forward_passes_per_image": 10.0}
     return base | {"test_accuracy": accuracy, "train_seconds": seconds} | values
 
 
-def test_the_table_states_mean_deviation_and_ratio():
+def test_the_table_states_mean_deviation_ratio_and_time_to_the_goal():
     rows = [
-        summary("backprop", 0, 0.97, 10.0),
-        summary("backprop", 1, 0.98, 12.0),
-        summary("eggroll", 0, 0.95, 110.0, population=1000),
+        summary("backprop", 0, 0.97, 10.0, seconds_to_97_5=2.0),
+        summary("backprop", 1, 0.98, 12.0, seconds_to_97_5=4.0),
+        summary("eggroll", 0, 0.98, 110.0, population=144, seconds_to_97_5=50.0),
+        summary("eggroll", 1, 0.97, 110.0, population=144),  # never gets there
     ]
     lines = report.markdown_table(rows).splitlines()
-    assert "| 97.50 ± 0.71 % | 11.0 s | 1.0x | 100 MB |" in lines[2]
-    assert "| 1,000 | 10 | 1 | 95.00 % | 110.0 s | 10.0x |" in lines[3]
+    assert "| 10 | 10 | 2 | 97.50 ± 0.71 % | 11.0 s | 1.0x | 3.0 s | 100 MB |" in lines[2]
+    assert "| 144 | 10 | 10 | 2 | 97.50 ± 0.71 % | 110.0 s | 10.0x |  | 100 MB |" in lines[3]
 
 
 def test_interrupted_runs_stay_out_of_the_report(tmp_path):
@@ -283,6 +283,7 @@ def test_interrupted_runs_stay_out_of_the_report(tmp_path):
         (run / "summary.json").write_text(
             json.dumps(summary("backprop", seed, 0.97, 1.0, status=status))
         )
+        (run / "config.json").write_text('{"flags": {}}')
     assert report.finished_runs(tmp_path) == [tmp_path / "backprop" / "seed0"]
 
 
@@ -322,7 +323,7 @@ def test_ctrl_c_during_a_save_ends_as_interrupted(mnist_dir, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoint, "save", save_with_ctrl_c)
     with pytest.raises(Interrupted, match="--resume"):
-        mnist_backprop.train(mnist_backprop.resolve(config), CPU)
+        mnist_backprop.train(mnist_backprop.resolve(config, CPU), CPU)
     left = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (left["status"], len(saves)) == ("interrupted", 2)
     assert torch.load(saves[-1], weights_only=True)["step"] == left["steps"]

@@ -30,7 +30,10 @@ KINDS = {
     "backprop": (BACKPROP,),
     "example members": (EGGROLL, "--population", "12"),
     "batch members": (EGGROLL, "--members", "batch", "--population", "16"),
-    "one-layer members": (EGGROLL, *"--members batch --perturb one --population 12".split()),
+    "one-layer members": (
+        EGGROLL,
+        *["--members", "batch", "--perturb", "one", "--population", "12"],
+    ),
     "int8": (EGGROLL, "--dtype", "int8", "--population", "12"),
     "int8 by votes": (EGGROLL, "--dtype", "int8", "--update", "votes", "--population", "12"),
 }
