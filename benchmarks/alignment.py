@@ -1,17 +1,17 @@
-"""How well each estimator points: its cosine with the gradient that autograd finds.
+"""How well both kinds of members point: cosine of the estimate with the gradient of autograd.
 
-python benchmarks/alignment.py --csv alignment.csv     # about ten minutes on two cores
+python benchmarks/alignment.py --csv alignment.csv     # some minutes on two cores
 python benchmarks/alignment.py --quick                 # one of them
 
 Over population, rank, sigma and layer, at the start, in the middle and at the end of a training
 by backprop. Beside each measured mean stands what theory says of it, for fitness that is linear in
 the perturbation:
 
-population   cos^2 = |g_l|^2 / (|g_l|^2 (1 + 1 / N) + D_l |g|^2 / N)
-             for N pairs that perturb D weights in all; a layer has D_l of them, and is read
-             through the noise of the whole gradient |g|
-per-example  cos^2 = |g_l|^2 / (|g_l|^2 + (O / M - 1) sum over groups of |g_l of the group|^2)
-             for M orthogonal directions of O outputs: M of O coordinates of each group are seen
+batch    cos^2 = |g_l|^2 / (|g_l|^2 (1 + 1 / N) + D_l |g|^2 / N)
+         for N pairs that perturb D weights in all; a layer has D_l of them, and is read through the
+         noise of the whole gradient |g|
+example  cos^2 = |g_l|^2 / (|g_l|^2 + q sum over examples of |g_l of the example|^2)
+         with q = (R - M) (O - 1) / ((R - 1) M) for M of R orthogonal rows and O outputs
 
 Autograd is used here to judge the estimators, and nowhere by them.
 """
@@ -34,21 +34,21 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
 
 from benchmarks.rows import provenance, show, write_rows
-from eggroll import MLP, Evolution, LayerwiseEvolution, cross_entropy
+from eggroll import MLP, BatchMembers, Evolution, ExampleMembers, cross_entropy
 from eggroll.memory import keep_freed_memory
+from eggroll.noise import most_rows
 from lab import cli, data
 from lab.cli import DataFlags, PathFlag
 from lab.plots import STYLE, plain_number, save
 
 BATCH = 128
-GROUPS = 16
 POINTS = ("start", "middle", "end")
 POPULATIONS = (100, 250, 1_000, 4_000)
-MEMBERS = (8, 16, 32, 64, 128, 256)  # per layer and group
+MEMBERS = (8, 16, 32, 64, 128, 256)  # of each layer that see an example
 RANKS = (1, 2, 4, 8)
-SIGMAS = {"population": (0.002, 0.02, 0.05, 0.1), "per-example": (0.001, 0.004, 0.02, 0.1)}
-USUAL = {"population": (1_000, 0.02), "per-example": (64, 0.004)}  # members and sigma
-COLUMNS = ("estimator", "point", "layer", "members", "rank", "sigma", "draws")
+SIGMAS = {"batch": (0.002, 0.02, 0.05, 0.1), "example": (0.001, 0.004, 0.02, 0.1)}
+USUAL = {"batch": (1_000, 0.02), "example": (64, 0.004)}  # population and sigma
+COLUMNS = ("kind", "point", "layer", "members", "rank", "sigma", "draws")
 COLUMNS += ("cosine", "theory", "ratio_to_theory", "norm_ratio", "device", "torch", "commit")
 
 
@@ -74,21 +74,22 @@ class Config:
 
 @dataclass(frozen=True)
 class Case:
-    estimator: str
+    kind: str
     members: int
     rank: int
     sigma: float
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Every estimator at its usual size, and with one thing changed at a time."""
-    for estimator, (members, sigma) in USUAL.items():
-        sizes = POPULATIONS if estimator == "population" else MEMBERS
+    """Both kinds at their usual size, and with one thing changed at a time."""
+    for kind, (members, sigma) in USUAL.items():
+        sizes = POPULATIONS if kind == "batch" else MEMBERS
         for size in sizes[1:3] if quick else sizes:
-            yield Case(estimator, size, 1, sigma)
+            yield Case(kind, size, 1, sigma)
         if not quick:
-            yield from (Case(estimator, members, rank, sigma) for rank in RANKS[1:])
-            yield from (Case(estimator, members, 1, s) for s in SIGMAS[estimator] if s != sigma)
+            if kind == "batch":
+                yield from (Case(kind, members, rank, sigma) for rank in RANKS[1:])
+            yield from (Case(kind, members, 1, s) for s in SIGMAS[kind] if s != sigma)
 
 
 def snapshots(digits: data.Dataset) -> dict[str, MLP]:
@@ -120,36 +121,33 @@ def gradient(network: MLP, images: Tensor, labels: Tensor, examples: int = BATCH
     return [g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]
 
 
-def make_evolution(case: Case, network: MLP) -> Evolution | LayerwiseEvolution:
-    shared = {"rank": case.rank, "sigma": case.sigma}
-    if case.estimator == "population":
-        return Evolution(
-            network, cross_entropy(), population=case.members, shaping="none", **shared
-        )
-    most = 16 // case.rank  # the head has no use for more
-    members = 2 * case.members + min(most, case.members)
-    return LayerwiseEvolution(
-        network, cross_entropy(), population=GROUPS * members, groups=GROUPS, **shared
-    )
+def make_evolution(case: Case, network: MLP) -> Evolution:
+    if case.kind == "batch":
+        members = BatchMembers(case.members, case.sigma, case.rank, shaping="none")
+    else:
+        counts = [min(case.members, most_rows(layer.out_features)) for layer in network.layers]
+        members = ExampleMembers(tuple(counts), case.sigma)
+    return Evolution(network, cross_entropy(), members)
 
 
 def theory(case: Case, network: MLP, images: Tensor, labels: Tensor) -> list[float]:
     """The cosine that each layer's estimate should have, then the whole network's if it has one."""
     whole = gradient(network, images, labels)
     squares = [float(g.square().sum()) for g in whole]
-    if case.estimator == "population":
+    if case.kind == "batch":
         pairs, sizes = case.members / 2, [len(g) for g in whole]
         noise = [size * sum(squares) / pairs for size in sizes]
         squares, noise = [*squares, sum(squares)], [*noise, sum(noise)]
         return [
             math.sqrt(s / (s * (1 + 1 / pairs) + n)) for s, n in zip(squares, noise, strict=True)
         ]
-    groups = [gradient(network, images[g::GROUPS], labels[g::GROUPS]) for g in range(GROUPS)]
+    single = [gradient(network, images[e : e + 1], labels[e : e + 1]) for e in range(BATCH)]
     found = []
     for index, layer in enumerate(network.layers):
-        outputs = 1 << (layer.out_features - 1).bit_length()
-        unseen = max(0.0, outputs / (case.members * case.rank) - 1)
-        noise = unseen * sum(float(group[index].square().sum()) for group in groups)
+        outputs, rows = layer.out_features, most_rows(layer.out_features)
+        seen = min(case.members, rows)
+        unseen = (rows - seen) * (outputs - 1) / ((rows - 1) * seen)
+        noise = unseen * sum(float(example[index].square().sum()) for example in single)
         found.append(math.sqrt(squares[index] / (squares[index] + noise)))
     return found
 
@@ -162,7 +160,7 @@ def measure(case: Case, network: MLP, digits: data.Dataset, draws: int) -> list[
         images, labels = batch(digits, draw)
         true = [-g for g in gradient(network, images, labels)]
         expected = theory(case, network, images, labels)
-        evolution.estimate(images, labels)
+        evolution.backward(evolution.evaluate(images, labels))
         found = [-p.grad.flatten() for p in network.parameters()]
         layers = [*zip(found, true, strict=True), (torch.cat(found), torch.cat(true))]
         for index, (estimate, gradient_) in enumerate(layers[: len(expected)]):
@@ -178,7 +176,7 @@ def measure(case: Case, network: MLP, digits: data.Dataset, draws: int) -> list[
 def row(case: Case, point: str, draws: int, measured: tuple) -> dict[str, Any]:
     layer, cosine, expected, norm_ratio = measured
     return {
-        "estimator": case.estimator,
+        "kind": case.kind,
         "point": point,
         "layer": layer,
         "members": case.members,
@@ -196,20 +194,20 @@ def draw_plot(rows: list[dict[str, Any]], path: Path) -> list[Path]:
     """Cosine against population and members, then against sigma and rank, at their usual size."""
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-        for column, (estimator, (members, sigma)) in enumerate(USUAL.items()):
-            own = [r for r in rows if r["estimator"] == estimator]
-            layer = "all" if estimator == "population" else "1"
+        for column, (kind, (members, sigma)) in enumerate(USUAL.items()):
+            own = [r for r in rows if r["kind"] == kind]
+            layer = "all" if kind == "batch" else "1"
             chosen = [r for r in own if r["layer"] == layer]
             sized = [r for r in chosen if r["rank"] == 1 and r["sigma"] == sigma]
             _lines(grid[0, column], sized, "members")
             moved = [r for r in chosen if r["members"] == members and r["rank"] == 1]
             _lines(grid[1, column], moved, "sigma")
         first, second = grid[0]
-        first.set_title("The paper's estimator, whole network")
+        first.set_title("Batch members, whole network")
         first.set(xlabel="population", yscale="log")
-        second.set_title(f"Per-example credit, layer 1, {GROUPS} groups")
-        second.set(xlabel="members per layer and group", ylim=(0, 1.05))
-        names = ("The paper's estimator", "Per-example credit, layer 1")
+        second.set_title("Example members, layer 1")
+        second.set(xlabel="members of the layer that see an example", ylim=(0, 1.05))
+        names = ("Batch members", "Example members, layer 1")
         for axes, name, (members, _) in zip(grid[1], names, USUAL.values(), strict=True):
             axes.set_title(f"{name}, {members:,} members")
             axes.set(xlabel="sigma", ylim=(0, None))

@@ -42,9 +42,16 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, from any folder
 
-from eggroll import MLP, Evolution, FitnessError, PopulationError, cross_entropy
+from eggroll import (
+    MLP,
+    BatchMembers,
+    Evolution,
+    ExampleMembers,
+    FitnessError,
+    PopulationError,
+    cross_entropy,
+)
 from eggroll.memory import keep_freed_memory
-from eggroll.population import check_population
 from lab import cli, data
 from lab.cli import PathFlag
 from lab.clock import device_name
@@ -74,7 +81,7 @@ COLUMNS = (
 )
 SHOWN = ("library", "version", "algorithm", *COLUMNS[5:12])
 OURS = "eggroll"
-Name = Literal["eggroll", "evosax", "evotorch", "evox", "evox-lora"]
+Name = Literal["eggroll", "eggroll-example", "evosax", "evotorch", "evox", "evox-lora"]
 
 
 @dataclass(frozen=True)
@@ -139,37 +146,46 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class Eggroll:
-    """This repository's: rank-one noise, antithetic pairs, SGD with momentum 0.9.
+    """This repository's batch members: rank-one noise, antithetic pairs, SGD with momentum 0.9.
 
     The learning rate falls linearly to 0 over the training, as in mnist_eggroll.py.
     """
 
-    package, algorithm = "eggroll-mnist", "EGGROLL, rank 1, SGD 0.015 momentum 0.9"
-    lr, sigma = 0.015, 0.02
+    package, algorithm = "eggroll-mnist", "EGGROLL, batch members, rank 1, SGD 0.015"
+    lr = 0.015
 
     def __init__(self, start: MLP, population: int, seed: int):
         self.start, self.network = start.state_dict(), MLP()
         self.population, self.seed = population, seed
         self.reset()
 
+    def members(self) -> BatchMembers | ExampleMembers:
+        return BatchMembers(self.population)
+
     def reset(self) -> None:
         self.network.load_state_dict(self.start)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=self.lr, momentum=0.9)
         self.evolution = Evolution(
-            self.network,
-            cross_entropy(TEMPERATURE),
-            population=self.population,
-            sigma=self.sigma,
-            seed=self.seed,
+            self.network, cross_entropy(TEMPERATURE), self.members(), seed=self.seed
         )
 
     def generation(self, images: Tensor, labels: Tensor, progress: float) -> None:
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 - progress)
-        self.evolution.estimate(images, labels)
+        self.evolution.backward(self.evolution.evaluate(images, labels))
         self.optimizer.step()
 
     def weights(self) -> list[Tensor]:
         return [layer.weight.detach() for layer in self.network.layers]
+
+
+class EggrollExample(Eggroll):
+    """Example members, as many as there are orthogonal rows for: at most 528."""
+
+    algorithm = "EGGROLL, example members, SGD 0.06"
+    lr = 0.06
+
+    def members(self) -> ExampleMembers:
+        return ExampleMembers(self.population)
 
 
 class Evosax:
@@ -386,6 +402,7 @@ class EvoxLora(Evox):
 
 PEERS: dict[str, type[Peer]] = {
     "eggroll": Eggroll,
+    "eggroll-example": EggrollExample,
     "evosax": Evosax,
     "evotorch": Evotorch,
     "evox": Evox,
@@ -511,7 +528,7 @@ class Remote:
 
 def version(name: str) -> str | None:
     """The installed version of a library; None where it is not installed."""
-    if name == OURS:
+    if name.startswith(OURS):
         return "this checkout"
     try:
         return importlib.metadata.version(PEERS[name].package)
@@ -611,7 +628,7 @@ def checked(config: Config) -> Config:
     if config.quick:
         quick = {"population": 100, "rounds": 2, "seconds": 3.0}
         config = Config(**asdict(config) | quick)
-    check_population(config.population, rank=1, sigma=1.0)
+    BatchMembers(config.population)  # raises what the run would raise
     for flag, least in (("batch_size", 1), ("rounds", 1), ("turn", 0), ("seconds", 0), ("seed", 0)):
         if not getattr(config, flag) >= least:
             name = flag.replace("_", "-")
