@@ -8,7 +8,7 @@ Shapes: N pairs, P = 2 N members, B examples, R rank, H1/H2 hidden, C outputs.
 """
 
 # ruff: noqa: N803 - what a kernel is compiled for is upper case, as is Triton's custom
-from __future__ import annotations
+from __future__ import annotations  # the kernels' name Triton, which may not be there
 
 import os
 from typing import NamedTuple
@@ -29,6 +29,7 @@ except ImportError:  # some platforms have none; `fits` is of use there too
 
 MAX_HIDDEN = 256  # of the second hidden layer: a program holds all its outputs in registers
 MAX_OUTPUTS = 64
+MAX_RANK = 64  # all ranks of a tile enter one product, and lie in shared memory
 
 
 class Tile(NamedTuple):
@@ -40,32 +41,35 @@ class Tile(NamedTuple):
     stages: int  # steps along the first layer's outputs whose loads are in flight
 
 
-# The rows are the most whose second layer, 256 outputs each, fits into registers without spilling;
-# float32 splits what it multiplies into several TF32 numbers, and has room for fewer. Shared memory
-# stays below 99 KB, the least that a card with bfloat16 tensor cores offers to a program.
+# A program holds 256 outputs of the second layer for each row: these are the sizes that stay in
+# registers (float32 splits what it multiplies into TF32 numbers, and has room for fewer). Shared
+# memory stays below 99 KB, the least that a card with bfloat16 offers to a program.
 TILES = {
     torch.bfloat16: Tile(rows=64, depth=32, warps=8, stages=2),
-    torch.float32: Tile(rows=32, depth=32, warps=8, stages=2),
+    torch.float32: Tile(rows=32, depth=16, warps=8, stages=2),
 }
 
 
 def fits(network: torch.nn.Module, members: BatchMembers | ExampleMembers) -> bool:
     """Whether the kernel evaluates these members of this network.
 
-    The network is an MLP with GELU in TILES' dtypes, all of it evolving, with at most MAX_HIDDEN
-    units in its second hidden layer; the members are antithetic and perturb all layers.
+    The network is an MLP with GELU in one of TILES' dtypes, all of it evolving, with at most
+    MAX_HIDDEN units in its second hidden layer; the members are antithetic BatchMembers that
+    perturb all layers. Says nothing of whether Triton is installed.
     """
     if type(network) is not MLP or network.activation is not F.gelu or len(network.layers) != 3:
         return False
-    parameters = list(network.parameters())
+    dtypes = {parameter.dtype for parameter in network.parameters()}
     return (
         isinstance(members, BatchMembers)
         and members.antithetic
         and members.perturb == "all"
         and network.layers[1].out_features <= MAX_HIDDEN
         and network.layers[2].out_features <= MAX_OUTPUTS
-        and all(parameter.requires_grad for parameter in parameters)
-        and {parameter.dtype for parameter in parameters} < set(TILES)
+        and members.rank <= MAX_RANK
+        and all(parameter.requires_grad for parameter in network.parameters())
+        and len(dtypes) == 1
+        and dtypes <= set(TILES)
     )
 
 
@@ -232,6 +236,8 @@ def mlp_kernel(
     b2_ptr += pair * RANK * b2_stride
     b3_ptr += pair * RANK * b3_stride
 
+    u1 = load_tile(u_ptr, ranks[None, :], examples, example[:, None], RANK, examples)
+    u1 = (u1 * sign[:, None]).to(dtype)
     # the first layer's outputs, DEPTH at a time, go straight into the second layer's products
     total = tl.zeros((ROWS, HIDDEN2), tl.float32)
     u2 = tl.zeros((ROWS, RANK_PAD), tl.float32)
@@ -239,9 +245,8 @@ def mlp_kernel(
         depth = first + tl.arange(0, DEPTH)
         h = load_tile(product_ptr, example[:, None], hidden1, depth[None, :], examples, hidden1)
         h = h.to(tl.float32)
-        for r in tl.static_range(RANK):
-            u = sign * tl.load(u_ptr + r * examples + example).to(tl.float32)
-            h += u[:, None] * load_row(a1_ptr + r * hidden1, depth, hidden1)[None, :]
+        a = load_tile(a1_ptr, ranks[:, None], hidden1, depth[None, :], RANK, hidden1)
+        h = dot(u1, a, h)
         if e1_ptr is not None:
             h += sign[:, None] * load_row(e1_ptr + pair * hidden1, depth, hidden1)[None, :]
         h = gelu(h).to(dtype)  # 0 beyond the last unit
