@@ -209,11 +209,11 @@ def plain_number(value: float, _: int) -> str:
 def _stack(
     seeds: Sequence[Rows], x: str, y: str, skip_zero: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """x (rows,), the seeds' mean, and y (seeds, rows), over the rows that have been evaluated."""
+    """x (rows,), the seeds' median, and y (seeds, rows), over the rows that have been evaluated."""
     kept = [[r for r in rows if r[y] is not None and (r[x] or not skip_zero)] for rows in seeds]
     shortest = min(map(len, kept))
     xs, ys = (np.array([[r[c] for r in rows[:shortest]] for rows in kept], float) for c in (x, y))
-    return xs.mean(0), ys
+    return np.median(xs, axis=0), ys
 
 
 def _band(axes: Axes, method: str, x: np.ndarray, y: np.ndarray, seeds: int) -> None:
