@@ -364,9 +364,7 @@ def test_divergence_is_named_and_keeps_the_last_checkpoint(tmp_path):
 def test_a_fitness_that_collapses_stops_the_run(tmp_path):
     """At this rate the weights blow up, and every number stays finite."""
     flags = ("--lr", "3", "--lr-schedule", "constant", "--epochs", "8")
-    assert_one_line(
-        train("example members", tmp_path, *flags, code=2), "diverged: the fitness fell"
-    )
+    assert_one_line(train("batch members", tmp_path, *flags, code=2), "diverged: the fitness fell")
     assert read_json(tmp_path / "summary.json")["status"] == "failed"
 
 
