@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 import tyro
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -154,6 +154,7 @@ def take_steps(case: Case, network: MLP, images: Tensor, labels: Tensor) -> None
 
 def measured(case: Case, device: torch.device) -> dict[str, Any]:
     """One row's own columns. Runs in a process of its own."""
+    cli.quiet_libraries()
     keep_freed_memory()
     data = torch.randint(0, 256, (IMAGES, 784), dtype=torch.uint8, device=device)
     images = data[:BATCH].float() / 255
@@ -183,11 +184,13 @@ def draw_plot(rows: list[dict[str, Any]], path: Path) -> list[Path]:
             axes.plot([p for p, _ in done], [peak for _, peak in done], **style)
             for refused in (r["population"] for r in own if r["note"]):
                 axes.axvline(refused, color=shade, linestyle=":")
-                place, options = (refused, 3 * base), {"rotation": 90, "ha": "right"}
-                axes.annotate("naive ES refused", place, color=shade, va="bottom", **options)
+                options = {"rotation": 90, "ha": "right", "va": "center", "color": shade}
+                axes.text(refused, 0.6, "refused", transform=axes.get_xaxis_transform(), **options)
         axes.set(xscale="log", yscale="log", ylim=(0.5 * base, None))
         axes.set(xlabel="members that see each image (log scale)")
         axes.set(ylabel="peak memory, MB (log scale)")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(plain_number))
         axes.set_title(f"Peak memory of training\n{rows[0]['device']}", fontsize=13)

@@ -302,12 +302,17 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def quiet_libraries() -> None:
+    """Keep "No CUDA runtime is found" and the like from the user's screen."""
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
 def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception], ...]) -> None:
     """Run a script's main: one line and exit code 2 for what a user can mend, 130 for Ctrl-C.
 
     `errors` are the library's own that a flag or a file can cause.
     """
-    logging.getLogger("torch").setLevel(logging.ERROR)  # "No CUDA runtime is found", and the like
+    quiet_libraries()
     said = set()  # Python forgets what it has said whenever a library changes its filters
 
     def show(message: Warning | str, *_: Any) -> None:
