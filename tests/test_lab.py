@@ -1,31 +1,25 @@
-"""The harness: data, flags, schedules, files."""
+"""The harness: data, flags, files, tables."""
 
 import gzip
 import json
 import random
 import shutil
 import signal
-import socket
 import struct
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import mnist_backprop
-from eggroll import MLP
-from lab import checkpoint, cli, data
+from lab import checkpoint, cli, data, report
 from lab.clock import Clock, peak_memory_mb
 from lab.divergence import FitnessWatch
 from lab.errors import Interrupted, UserError
-from lab.evaluation import measure
 from lab.network import start_from
 from lab.optim import make_optimizer, make_schedule
-from lab.progress import Progress
 from lab.runlog import RunFolder, write_text
 from lab.training import Training
 
@@ -57,7 +51,7 @@ def test_files_that_are_there_are_used_without_a_network(mnist_dir):
     assert (len(digits.train), len(digits.validation), len(digits.test)) == (70, 10, 20)
     assert digits.train.images.dtype == torch.uint8
     scaled = digits.scale(digits.train.images)
-    assert abs(scaled.mean()) < 1e-2 and abs(scaled.std() - 1) < 1e-2
+    assert abs(scaled.mean()) < 1e-4 and abs(scaled.std() - 1) < 1e-3
 
 
 def test_the_validation_split_is_fixed_and_disjoint(mnist_dir):
@@ -78,14 +72,6 @@ def test_the_sample_is_stratified_and_fixed():
     assert digits.test.labels.bincount().tolist() == [100] * 10
     again = data.load("mnist-sample", Path("nowhere"), CPU, train_on_all=True)
     assert torch.equal(digits.train.images, again.train.images)
-
-
-def test_quantised_images_are_the_scaled_ones_rounded(mnist_dir):
-    digits = data.load("mnist", mnist_dir, CPU)
-    wanted = (digits.scale(digits.test.images) * 16).round().clamp(-127, 127)
-    integers = data.quantised(digits, 16)
-    assert integers.test.images.dtype == torch.int8
-    assert torch.equal(integers.scale(integers.test.images).float(), wanted)
 
 
 def truncate(path):
@@ -123,11 +109,8 @@ def test_labels_of_another_dataset_are_named(mnist_dir):
         data.load("mnist", mnist_dir, CPU)
 
 
-def test_missing_data_names_the_three_ways_out_and_a_dead_mirror_times_out(tmp_path, monkeypatch):
-    timeouts = []
-
+def test_missing_data_names_the_three_ways_out(tmp_path, monkeypatch):
     def no_network(*_, **__):
-        timeouts.append(socket.getdefaulttimeout())
         raise OSError("no route to host")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
@@ -136,27 +119,6 @@ def test_missing_data_names_the_three_ways_out_and_a_dead_mirror_times_out(tmp_p
     text = str(missing.value)
     assert all(way in text for way in ("put the four files", "--data-dir", "mnist-sample"))
     assert "\n" not in text
-    assert set(timeouts) == {data.DOWNLOAD_TIMEOUT} and socket.getdefaulttimeout() is None
-
-
-def test_a_download_is_announced_and_used(mnist_dir, tmp_path, monkeypatch, capsys):
-    """Torchvision's own download, here a copy of files that lie elsewhere."""
-
-    def download(self):
-        shutil.copytree(mnist_dir / "MNIST", Path(self.root) / "MNIST", dirs_exist_ok=True)
-
-    monkeypatch.setattr("torchvision.datasets.MNIST.download", download)
-    assert len(data.load("mnist", tmp_path / "empty", CPU).train) == 70
-    assert "downloading it" in capsys.readouterr().err
-
-
-def test_gzipped_files_that_are_not_the_published_ones_are_reported(mnist_dir, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError))
-    for path in list((mnist_dir / "MNIST" / "raw").iterdir()):
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    with pytest.raises(UserError):
-        data.load("mnist", mnist_dir, CPU)
 
 
 def test_the_data_dir_is_the_flag_then_the_variable_then_data(monkeypatch):
@@ -172,31 +134,19 @@ def test_fashion_mnist_is_read_from_its_own_folder(mnist_dir):
     assert len(data.load("fashion-mnist", mnist_dir, CPU).train) == 70
 
 
-def test_accuracy_and_cross_entropy_are_means_over_all_examples(mnist_dir, monkeypatch):
-    monkeypatch.setattr("lab.evaluation.BATCH", 7)  # the last batch is cut off
-    digits, network = data.load("mnist", mnist_dir, CPU), MLP(hidden_dim=8)
-    logits = network(digits.scale(digits.test.images))
-    hits = (logits.argmax(-1) == digits.test.labels).float().mean().item()
-    nats = nn.functional.cross_entropy(logits, digits.test.labels).item()
-    assert measure(network, digits, digits.test) == pytest.approx((hits, nats), abs=1e-5)
-
-
 # ---- flags ----
 
 
-@pytest.mark.parametrize(
-    ("flag", "value", "message"),
-    [
+def test_flags_that_no_run_can_have_are_refused():
+    for flag, value, message in (
         ("epochs", 0, "--epochs 0 is below 1"),
         ("lr", -0.1, "--lr -0.1 is not above 0"),
         ("momentum", -1, "--momentum -1 is negative"),
         ("label_smoothing", 1.0, "--label-smoothing 1.0 is outside"),
-        ("seed", 2**32, "is too large"),
-    ],
-)
-def test_flags_that_no_run_can_have_are_refused(flag, value, message):
-    with pytest.raises(UserError, match=message):
-        cli.check({flag: value})
+        ("threads", 0, "--threads 0 is below 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.check({flag: value})
 
 
 def test_presets_fill_only_what_was_not_typed():
@@ -211,54 +161,33 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         cli.resolve_device("cuda")
 
 
-def test_a_lack_of_memory_names_the_flags_that_need_it(capsys):
-    def main():
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    with pytest.raises(SystemExit, match="2"):
-        cli.run_script(main, "script", errors=())
-    assert "--chunk-size" in capsys.readouterr().err
+# ---- optimizers, schedules ----
 
 
-# ---- optimizers and schedules ----
+def training_flags(**values):
+    return cli.TrainingFlags(**{"epochs": 4, "lr": 1.0, **values})
 
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("constant", [1, 1, 1, 1, 1]),
-        ("linear", [1, 0.8, 0.6, 0.4, 0.2]),
-        ("cosine", [1, 0.9045, 0.6545, 0.3455, 0.0955]),
-        ("onecycle", [0.04, 1, 0.8502, 0.4954, 0.1426]),
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("cosine", [1, 0.8536, 0.5, 0.1464]),
+        ("onecycle", [0.04, 0.9821, 0.6690, 0.2123]),
     ],
 )
 def test_schedules_by_epoch(schedule, expected):
-    """onecycle rises for a fifth of the run; every other one only falls."""
-    flags = cli.TrainingFlags(epochs=5, lr=1.0, lr_schedule=schedule)
+    flags = training_flags(lr_schedule=schedule)
     optimizer = make_optimizer(nn.Linear(2, 2), flags)
-    steps, rates = make_schedule(optimizer, flags, steps_per_epoch=10), []
-    for _ in range(50):
-        rates.append(optimizer.param_groups[0]["lr"])
+    steps = make_schedule(optimizer, flags, steps_per_epoch=10)
+    rates = []
+    for step in range(40):
+        if step % 10 == 0:
+            rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         steps.step()
-    assert rates[::10] == pytest.approx(expected, abs=0.02)
-    assert max(rates) == pytest.approx(1, abs=0.01) and rates[-1] > 0
-    assert optimizer.param_groups[0]["momentum"] == 0.9
-
-
-# ---- weights ----
-
-
-def test_weights_are_loaded_only_into_the_network_that_they_are_of(tmp_path):
-    path, network = tmp_path / "model.safetensors", MLP(hidden_dim=8, seed=1)
-    save_file(network.state_dict(), path)
-    other = MLP(hidden_dim=8, seed=2)
-    start_from(path, other)
-    assert torch.equal(other.layers[0].weight, network.layers[0].weight)
-    with pytest.raises(UserError, match=r"layers.0.weight is \(8, 784\) float32 there and \(9, 784"):
-        start_from(path, MLP(hidden_dim=9))
-    with pytest.raises(UserError, match="layers.0.bias is missing there"):
-        start_from(path, MLP(hidden_dim=8, bias=True))
+    assert rates == pytest.approx(expected, abs=1e-4)
 
 
 # ---- files ----
@@ -276,16 +205,6 @@ def test_a_write_that_fails_leaves_the_last_complete_file(tmp_path, monkeypatch)
         write_text(path, "half")
     assert path.read_text() == "complete"
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_a_full_disk_says_how_to_go_on(capsys):
-    def main():
-        raise OSError(28, "No space left on device", "run/checkpoint.pt")
-
-    with pytest.raises(SystemExit, match="2"):
-        cli.run_script(main, "script", errors=())
-    said = capsys.readouterr().err
-    assert "run/checkpoint.pt: No space left" in said and "--resume" in said
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(tmp_path):
@@ -317,7 +236,65 @@ def test_peak_memory_sees_an_allocation():
     assert peak_memory_mb(CPU) > block.numel() / 2**20
 
 
-# ---- the loop ----
+# ---- weights ----
+
+
+def test_weights_of_another_network_are_refused_with_what_differs(tmp_path):
+    path = tmp_path / "model.safetensors"
+    RunFolder(tmp_path, resume=False, overwrite=False).write_model(nn.Linear(2, 3))
+    network = nn.Linear(2, 3)
+    start_from(path, network)
+    with pytest.raises(UserError, match=r"weight is \(3, 2\) float32 there and \(3, 4\)"):
+        start_from(path, nn.Linear(4, 3))
+    with pytest.raises(UserError, match=r"bias is .* there and missing here"):
+        start_from(path, nn.Linear(2, 3, bias=False))
+    path.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="cannot be read"):
+        start_from(path, network)
+
+
+# ---- tables ----
+
+
+def summary(method, seed, accuracy, seconds, **values):
+    base = dict.fromkeys(report.SUMMARY_KEYS, "")
+    base |= {"dataset": "mnist", "epochs": 10, "device": "cpu", "status": "finished"}
+    base |= {"method": method, "row": method, "fitness": "cross-entropy", "seed": seed}
+    base |= {"peak_memory_mb": 100.0, "forward_passes_per_image": 10.0}
+    return base | {"test_accuracy": accuracy, "train_seconds": seconds} | values
+
+
+def test_the_table_states_mean_deviation_ratio_and_time_to_the_goal():
+    rows = [
+        summary("backprop", 0, 0.97, 10.0, seconds_to_97_5=2.0),
+        summary("backprop", 1, 0.98, 12.0, seconds_to_97_5=4.0),
+        summary("eggroll", 0, 0.98, 110.0, population=144, seconds_to_97_5=50.0),
+        summary("eggroll", 1, 0.97, 110.0, population=144),  # never gets there
+    ]
+    lines = report.markdown_table(rows).splitlines()
+    assert "| 10 | 10 | 2 | 97.50 ± 0.71 % | 11.0 s | 1.0x | 3.0 s | 100 MB |" in lines[2]
+    assert "| 144 | 10 | 10 | 2 | 97.50 ± 0.71 % | 110.0 s | 10.0x |  | 100 MB |" in lines[3]
+
+
+def test_interrupted_runs_stay_out_of_the_report(tmp_path):
+    for seed, status in ((0, "finished"), (1, "interrupted")):
+        run = tmp_path / "backprop" / f"seed{seed}"
+        run.mkdir(parents=True)
+        (run / "summary.json").write_text(
+            json.dumps(summary("backprop", seed, 0.97, 1.0, status=status))
+        )
+        (run / "config.json").write_text('{"flags": {}}')
+    assert report.finished_runs(tmp_path) == [tmp_path / "backprop" / "seed0"]
+
+
+def test_gzipped_files_are_unpacked_or_reported(mnist_dir):
+    """Only the archives are there, and they are not the published ones: one line, no traceback."""
+    raw = mnist_dir / "MNIST" / "raw"
+    for path in list(raw.iterdir()):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    with pytest.raises(UserError):
+        data.load("mnist", mnist_dir, CPU)
 
 
 def test_large_seeds_do_not_share_the_order_of_the_examples():
@@ -350,18 +327,6 @@ def test_ctrl_c_during_a_save_ends_as_interrupted(mnist_dir, tmp_path, monkeypat
     left = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (left["status"], len(saves)) == ("interrupted", 2)
     assert torch.load(saves[-1], weights_only=True)["step"] == left["steps"]
-
-
-def test_a_terminal_gets_a_bar_and_a_quiet_run_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    for quiet in (False, True):
-        bar = Progress(total=10, done=4, quiet=quiet)
-        bar.show(5, fitness=-1.5, accuracy=0.25)
-        bar.line("a line")
-        bar.close(6)
-        said = capsys.readouterr()
-        assert ("6/10" in said.err and "a line" in said.out) is not quiet
-        assert bool(said.err or said.out) is not quiet
 
 
 def watched(fitness):
