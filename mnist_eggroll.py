@@ -24,7 +24,7 @@ from eggroll import (
 )
 from eggroll.compiled import choose_backend
 from eggroll.fitness import Fitness
-from eggroll.fused import MAX_HIDDEN
+from eggroll.fused import MAX_HIDDEN, MAX_RANK, triton
 from eggroll.int8 import INT8_SCALE, Int8Accuracy, Int8CrossEntropy, Int8MLP, Int8SGD
 from eggroll.memory import keep_freed_memory
 from lab import cli, data, user_fitness
@@ -203,6 +203,7 @@ def backend_name(config: Config, device: torch.device) -> str:
     flags, run, network = config.evolution, config.run, config.network
     fits = device.type == "cuda" and method_name(config) == "eggroll-batch"
     fits = fits and network.activation == "gelu" and network.hidden_dim <= MAX_HIDDEN
+    fits = fits and triton is not None and flags.antithetic and flags.rank <= MAX_RANK
     if run.backend == "fused" and not fits:
         raise BackendError("--backend fused is for batch members of the default network on CUDA")
     if run.backend == "fused" or (run.backend == "auto" and fits):
