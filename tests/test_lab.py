@@ -5,7 +5,9 @@ import json
 import random
 import shutil
 import signal
+import socket
 import struct
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,15 @@ import torch
 from torch import nn
 
 import mnist_backprop
+from eggroll import MLP
 from lab import checkpoint, cli, data, report
 from lab.clock import Clock, peak_memory_mb
 from lab.divergence import FitnessWatch
 from lab.errors import Interrupted, UserError
+from lab.evaluation import measure
 from lab.network import start_from
 from lab.optim import make_optimizer, make_schedule
+from lab.progress import Progress
 from lab.runlog import RunFolder, write_text
 from lab.training import Training
 
@@ -66,6 +71,34 @@ def test_train_on_all_holds_nothing_out(mnist_dir):
     assert (len(digits.train), len(digits.validation)) == (80, 0)
 
 
+def test_quantised_images_are_the_scaled_ones_rounded(mnist_dir):
+    digits = data.load("mnist", mnist_dir, CPU)
+    wanted = (digits.scale(digits.test.images) * 16).round().clamp(-127, 127)
+    integers = data.quantised(digits, 16)
+    assert integers.test.images.dtype == torch.int8
+    assert torch.equal(integers.scale(integers.test.images).float(), wanted)
+
+
+def test_a_download_is_announced_and_used(mnist_dir, tmp_path, monkeypatch, capsys):
+    """Torchvision's own download, here a copy of files that lie elsewhere."""
+
+    def download(self):
+        shutil.copytree(mnist_dir / "MNIST", Path(self.root) / "MNIST", dirs_exist_ok=True)
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", download)
+    assert len(data.load("mnist", tmp_path / "empty", CPU).train) == 70
+    assert "downloading it" in capsys.readouterr().err
+
+
+def test_accuracy_and_cross_entropy_are_means_over_all_examples(mnist_dir, monkeypatch):
+    monkeypatch.setattr("lab.evaluation.BATCH", 7)  # the last batch is cut off
+    digits, network = data.load("mnist", mnist_dir, CPU), MLP(hidden_dim=8)
+    logits = network(digits.scale(digits.test.images))
+    hits = (logits.argmax(-1) == digits.test.labels).float().mean().item()
+    nats = nn.functional.cross_entropy(logits, digits.test.labels).item()
+    assert measure(network, digits, digits.test) == pytest.approx((hits, nats), abs=1e-5)
+
+
 def test_the_sample_is_stratified_and_fixed():
     digits = data.load("mnist-sample", Path("nowhere"), CPU, train_on_all=True)
     assert (len(digits.train), len(digits.test)) == (4000, 1000)
@@ -109,8 +142,11 @@ def test_labels_of_another_dataset_are_named(mnist_dir):
         data.load("mnist", mnist_dir, CPU)
 
 
-def test_missing_data_names_the_three_ways_out(tmp_path, monkeypatch):
+def test_missing_data_names_the_three_ways_out_and_a_dead_mirror_times_out(tmp_path, monkeypatch):
+    timeouts = []
+
     def no_network(*_, **__):
+        timeouts.append(socket.getdefaulttimeout())
         raise OSError("no route to host")
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
@@ -119,6 +155,7 @@ def test_missing_data_names_the_three_ways_out(tmp_path, monkeypatch):
     text = str(missing.value)
     assert all(way in text for way in ("put the four files", "--data-dir", "mnist-sample"))
     assert "\n" not in text
+    assert set(timeouts) == {data.DOWNLOAD_TIMEOUT} and socket.getdefaulttimeout() is None
 
 
 def test_the_data_dir_is_the_flag_then_the_variable_then_data(monkeypatch):
@@ -159,6 +196,25 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="try --device cpu"):
         cli.resolve_device("cuda")
+
+
+def test_a_lack_of_memory_names_the_flags_that_need_it(capsys):
+    def main():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_script(main, "script", errors=())
+    assert "--chunk-size" in capsys.readouterr().err
+
+
+def test_a_full_disk_says_how_to_go_on(capsys):
+    def main():
+        raise OSError(28, "No space left on device", "run/checkpoint.pt")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_script(main, "script", errors=())
+    said = capsys.readouterr().err
+    assert "run/checkpoint.pt: No space left" in said and "--resume" in said
 
 
 # ---- optimizers, schedules ----
@@ -345,3 +401,15 @@ def test_a_fitness_that_collapses_or_is_no_number_is_a_divergence():
         watched([-2.3] + [-5e31] * 100)
     with pytest.raises(UserError, match="nan at step 0"):
         watched([float("nan")] * 100)
+
+
+def test_a_terminal_gets_a_bar_and_a_quiet_run_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for quiet in (False, True):
+        bar = Progress(total=10, done=4, quiet=quiet)
+        bar.show(5, fitness=-1.5, accuracy=0.25)
+        bar.line("a line")
+        bar.close(6)
+        said = capsys.readouterr()
+        assert ("6/10" in said.err and "a line" in said.out) is not quiet
+        assert bool(said.err or said.out) is not quiet
