@@ -13,7 +13,7 @@ from torch import nn
 
 from eggroll import MLP
 from eggroll.int8 import INT8_SCALE, Int8MLP
-from lab import cli, data
+from lab import cli, data, user_fitness
 from lab.cli import DataFlags, PathFlag
 from lab.evaluation import measure
 from lab.network import start_from
@@ -27,6 +27,8 @@ class Config:
     """Of the run: it holds config.json and model.safetensors."""
     data_dir: PathFlag = None
     """Folder in torchvision's layout (default: $MNIST_DIR, else data)."""
+    fitness: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:FUNCTION")] = None
+    """A function of your own, as --fitness of mnist_eggroll.py has it: its mean is printed too."""
 
 
 def load_network(folder: Path, flags: dict[str, Any]) -> nn.Module:
@@ -47,8 +49,20 @@ def main() -> None:
     digits = data.load_for(of_run, torch.device("cpu"))
     if isinstance(network, Int8MLP):
         digits = data.quantised(digits, INT8_SCALE)
-    accuracy, nats = measure(network, digits, digits.test)
-    print(f"test accuracy {accuracy:.2%}, cross-entropy {nats:.4f} nats, on {digits.name}")
+    found = measure(network, digits, digits.test)
+    nats = found.cross_entropy
+    print(f"test accuracy {found.accuracy:.2%}, cross-entropy {nats:.4f} nats, on {digits.name}")
+    for digit, right in enumerate(found.by_digit):
+        print(f"  {digit}: {right:7.2%}")
+    if config.fitness:
+        print(f"fitness {mean_fitness(config.fitness, network, digits):.6g}: {config.fitness}")
+
+
+@torch.no_grad()
+def mean_fitness(name: str, network: nn.Module, digits: data.Dataset) -> float:
+    """A user's fitness of the network on the whole test set, or its mean over the images."""
+    outputs = network(digits.scale(digits.test.images)).unsqueeze(0)
+    return user_fitness.load(name)(outputs, digits.test.labels).float().mean().item()
 
 
 if __name__ == "__main__":

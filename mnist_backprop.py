@@ -15,7 +15,6 @@ from eggroll import MLP, BackendError
 from eggroll.compiled import Compiled, choose_backend
 from lab import cli, data
 from lab.cli import SharedConfig
-from lab.network import start_from
 from lab.optim import make_optimizer
 from lab.training import Training
 
@@ -53,7 +52,6 @@ def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
     digits = data.load_for(config.data, device)
     network = MLP(**cli.network_options(config)).to(device)
-    start_from(config.network.init_from, network)
     optimizer = make_optimizer(network, config.training)
     loss_of = make_loss(network, config.training.label_smoothing)
     loss_of = Compiled(loss_of, config.run.backend, device)

@@ -21,16 +21,31 @@ from eggroll import (
     PopulationError,
     accuracy,
     cross_entropy,
+    smoothed,
 )
 from eggroll.compiled import choose_backend
 from eggroll.fitness import Fitness
 from eggroll.fused import MAX_HIDDEN, MAX_RANK, triton
-from eggroll.int8 import INT8_SCALE, Int8Accuracy, Int8CrossEntropy, Int8MLP, Int8SGD
+from eggroll.int8 import (
+    INT8_SCALE,
+    Int8Accuracy,
+    Int8CrossEntropy,
+    Int8MLP,
+    Int8SGD,
+    Int8SmoothedAccuracy,
+)
 from eggroll.memory import keep_freed_memory
 from lab import cli, data, user_fitness
-from lab.cli import BothWays, FitnessName, PopulationFlag, PresetFloat, SharedConfig, preset_name
+from lab.cli import (
+    BothWays,
+    FitnessName,
+    PopulationFlag,
+    PresetFloat,
+    PresetInt,
+    SharedConfig,
+    preset_name,
+)
 from lab.errors import UserError
-from lab.network import start_from
 from lab.optim import make_optimizer
 from lab.training import Training
 
@@ -46,6 +61,8 @@ PRESETS = {
     "eggroll-batch": BATCH | {"population": "832", "lr": 0.015, "epochs": 3},
     "eggroll-batch-one-layer": ONE_LAYER | {"population": "5120", "lr": 0.012, "epochs": 10},
 }
+# A fitness that jumps, or that a user wrote: smoothed, for example members
+SMOOTHED = {"smoothing": 2.0, "smoothing_samples": 256, "lr": 0.015, "lr_schedule": "linear"}
 # populations of --quick, and on a GPU (not measured)
 QUICK = {"eggroll": "48", "eggroll-int8": "48", "eggroll-batch": "128"}
 QUICK |= {"eggroll-batch-one-layer": "384"}
@@ -77,6 +94,10 @@ class EvolutionFlags:
     """Pairs with signs + and - (--no-antithetic: against the unperturbed network)."""
     fitness: FitnessName = "cross-entropy"
     """A function of your own: outputs (P, B, 10), labels (B,) -> scores (P, B) or (P,)."""
+    smoothing: PresetFloat = None
+    """Noise on the outputs over which the fitness is smoothed, its standard deviation; 0 is off."""
+    smoothing_samples: PresetInt = None
+    """Noisy copies of the outputs that are scored in each step."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
     shaping: preset_name("z-score", "centered-rank", "sign", "none") = None
@@ -115,6 +136,16 @@ NO_EFFECT = (
         "with --dtype int8",
     ),
     (
+        ("smoothing",),
+        lambda c: (c.evolution.dtype, c.evolution.fitness) == ("int8", "cross-entropy"),
+        "with the cross-entropy of --dtype int8",
+    ),
+    (
+        ("smoothing_samples",),
+        lambda c: not smoothing(c.evolution),
+        "without smoothing",
+    ),
+    (
         ("temperature", "label_smoothing"),
         lambda c: c.evolution.fitness != "cross-entropy",
         "without --fitness cross-entropy",
@@ -132,6 +163,15 @@ def method_name(config: Config) -> str:
     return "eggroll-batch" + ("-one-layer" if flags.perturb == "one" else "")
 
 
+def smoothing(flags: EvolutionFlags) -> float:
+    """Standard deviation of the noise on the outputs: of example members, unless the fitness is
+    smooth by itself."""
+    if flags.smoothing is not None:
+        return flags.smoothing
+    jumps = flags.members == "example" and flags.fitness != "cross-entropy"
+    return SMOOTHED["smoothing"] if jumps else 0.0
+
+
 def preset(config: Config, device: torch.device) -> dict[str, Any]:
     """What this run's row of the table says, for its length, device and activation."""
     method, flags = method_name(config), config.evolution
@@ -145,12 +185,17 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
         values |= {"population": str(sum(layer_counts(values["population"])))}
     if flags.members == "example":
         values |= BY_ACTIVATION.get(config.network.activation, {})
+    if smoothing(flags):
+        values |= SMOOTHED
+    else:
+        values |= {"smoothing": 0.0}
     if flags.dtype == "int8":
         values |= {"update": "error-feedback"}
     if flags.update == "votes":
         values |= {"shaping": "sign"}
+    usual = {"lr": values["lr"], "population": PRESETS[method]["population"]}
     population = flags.population or values["population"]
-    return values | {"lr": learning_rate(flags, PRESETS[method], population)}
+    return values | {"lr": learning_rate(flags, usual, population)}
 
 
 def learning_rate(flags: EvolutionFlags, usual: dict[str, Any], population: str) -> float:
@@ -216,19 +261,32 @@ def backend_name(config: Config, device: torch.device) -> str:
 
 def make_fitness(config: Config, device: torch.device) -> Fitness:
     """What --fitness names. Raises UserError for a file or function that is not there."""
-    flags, smoothing = config.evolution, config.training.label_smoothing
-    integers = flags.dtype == "int8"
-    if flags.fitness == "accuracy":
-        return Int8Accuracy() if integers else accuracy
+    flags = config.evolution
+    if flags.dtype == "int8":
+        return make_int8_fitness(config, device)
     if flags.fitness == "cross-entropy":
-        if integers:
-            return Int8CrossEntropy(flags.temperature, smoothing, device)
-        return cross_entropy(flags.temperature, smoothing)
-    if integers:
+        fitness = cross_entropy(flags.temperature, config.training.label_smoothing)
+    elif flags.fitness == "accuracy":
+        fitness = accuracy
+    else:
+        fitness = user_fitness.load(flags.fitness)
+        by_example = flags.members == "example" and not flags.smoothing
+        fitness.try_out(config.training.batch_size, by_example=by_example)
+    if not flags.smoothing:
+        return fitness
+    return smoothed(fitness, flags.smoothing, flags.smoothing_samples)
+
+
+def make_int8_fitness(config: Config, device: torch.device) -> Fitness:
+    """The same in integers. Raises UserError for a function of the user's own."""
+    flags = config.evolution
+    if flags.fitness == "cross-entropy":
+        return Int8CrossEntropy(flags.temperature, config.training.label_smoothing, device)
+    if flags.fitness != "accuracy":
         raise UserError(f"--fitness {flags.fitness} is not for --dtype int8 (try accuracy)")
-    fitness = user_fitness.load(flags.fitness)
-    fitness.try_out(config.training.batch_size, by_example=flags.members == "example")
-    return fitness
+    if not flags.smoothing:
+        return Int8Accuracy()
+    return Int8SmoothedAccuracy(flags.smoothing, flags.smoothing_samples)
 
 
 def make_members(flags: EvolutionFlags) -> BatchMembers | ExampleMembers:
@@ -255,7 +313,6 @@ def build(
         optimizer: torch.optim.Optimizer = Int8SGD(network.to(device), *rule)
     else:
         optimizer = make_optimizer(network.to(device), training)
-    start_from(config.network.init_from, network)
     evolution = Evolution(
         network,
         make_fitness(config, device),

@@ -2,7 +2,7 @@
 
 from eggroll.compiled import BackendError
 from eggroll.evolution import Evolution
-from eggroll.fitness import FitnessError, accuracy, cross_entropy
+from eggroll.fitness import FitnessError, accuracy, cross_entropy, smoothed
 from eggroll.members import BatchMembers, ExampleMembers, PopulationError
 from eggroll.model import MLP
 
@@ -16,4 +16,5 @@ __all__ = [
     "PopulationError",
     "accuracy",
     "cross_entropy",
+    "smoothed",
 ]

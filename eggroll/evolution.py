@@ -36,7 +36,10 @@ class Evolution:
     """EGGROLL on any nn.Module: weights and biases of every nn.Linear evolve.
 
     network     takes inputs (B, ...), and the same with one more leading axis
-    fitness     outputs (P, B, ...), labels -> scores (P, B) or (P,); higher is better
+    fitness     outputs (P, B, ...), labels -> scores (P, B) or (P,); higher is better. One that has
+                `prepare(outputs, labels, generator)`, as Smoothed does, is asked for it first, with
+                the unperturbed outputs (B, ...): it returns what the fitness reads in place of
+                labels, and the unperturbed network's scores
     members     BatchMembers or ExampleMembers
     seed        keys all noise, with the step
     chunk_size  members evaluated at once, in whole blocks: memory and speed, never a result
@@ -104,7 +107,7 @@ class Evolution:
     @property
     def mean_fitness(self) -> Tensor:
         """Of the unperturbed network on the last batch, 0-d, in nats or the fitness's own units."""
-        return self._last.baseline.float().mean() * getattr(self.fitness, "unit", 1.0)
+        return self._own_scores.float().mean() * getattr(self.fitness, "unit", 1.0)
 
     # ---- a step ----
 
@@ -120,8 +123,10 @@ class Evolution:
             self._meet(inputs)
         weights, biases = self.evolving.weights, self.evolving.biases
         calls, outputs = record(self.evaluated, weights, inputs)
-        baseline = self._checked(self.fitness(outputs, labels), 1, len(inputs))[0]
         keys = Keys(self.seed, self.step, self.device)
+        labels, own = self._prepared(outputs, labels, keys)
+        baseline = self._checked(self.fitness(outputs, labels), 1, len(inputs))[0]
+        self._own_scores = baseline if own is None else own
         step = self._last = Step(keys, weights, biases, calls, baseline)
         # one tensor for all: a small one left by each chunk would lie in the space of the next
         scores = baseline.new_empty(self.population, *baseline.shape)
@@ -149,15 +154,20 @@ class Evolution:
 
     def warm_up(self, inputs: Tensor, labels: Any) -> None:
         """What a step does, without a trace: compiles, and fills caches."""
+        before = self.state_dict()
         scores = self.evaluate(inputs, labels)
         self.members.gradients(self._last, scores, self.blocks)
+        self.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same noise."""
-        return {"step": self.step}
+        """What a resumed run needs to go on with the same noise and scores."""
+        keeps = hasattr(self.fitness, "state_dict")
+        return {"step": self.step, "fitness": self.fitness.state_dict() if keeps else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        if state["fitness"] is not None:
+            self.fitness.load_state_dict(state["fitness"])
 
     # ---- its parts ----
 
@@ -179,6 +189,13 @@ class Evolution:
             copied.copy_(own)
         dtype = self.evolving.weights[0].dtype
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
+
+    def _prepared(self, outputs: Tensor, labels: Any, keys: Keys) -> tuple[Any, Tensor | None]:
+        """What the fitness reads in place of labels, and the unperturbed network's own scores."""
+        if not hasattr(self.fitness, "prepare"):
+            return labels, None
+        place = len(self.evolving.weights) + len(self.evolving.biases)  # after the parameters
+        return self.fitness.prepare(outputs[0], labels, keys.generator(place))
 
     def _score(self, step: Step, blocks: list[Block], inputs: Tensor, labels: Any) -> Tensor:
         """Scores of the members of some blocks of one layer, (P,) or (P, B)."""

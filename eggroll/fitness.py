@@ -5,13 +5,23 @@ pair k are members 2k and 2k+1.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from eggroll.noise import gaussian
 
 # outputs (P, B, C), labels (B,) -> one score per member and example, (P, B), or per member, (P,)
 Fitness = Callable[[Tensor, Tensor], Tensor]
 Shaping = Callable[[Tensor], Tensor]
+
+# Of smoothing, measured on the validation split (results/LOG.md)
+LEAST_SHARE = 0.01  # added to the share of copies that reach a score: a rare hit counts 100 at most
+UNIT_RATE = 0.01  # at which the unit of scores follows
+BATCH_GAIN = 1.5  # of a whole batch's score, whose examples are told apart by their noise alone
+OUTPUT_DECAY = 0.04  # pulls outputs back to where noise of size tau can still change the answer
 
 
 class FitnessError(ValueError):
@@ -38,6 +48,97 @@ def cross_entropy(temperature: float = 1.0, label_smoothing: float = 0.0) -> Fit
         return target - scaled.logsumexp(-1)
 
     return log_likelihood
+
+
+class Smoothed:
+    """Any fitness, smoothed in output space: a score of every example that small changes move.
+
+    fitness  outputs (P, B, C), labels -> (P, B) or (P,). Called once a step, with samples + 1 rows,
+             of which the first is the unperturbed network's
+    tau      standard deviation of the noise on the outputs, in their own units
+    samples  noisy copies of the unperturbed outputs that are scored in each step, antithetic pairs
+
+    Evolution strategies on the outputs: what each noisy copy scored weights its noise, which gives
+    the direction in which an example's outputs should move. A member's score on an example is how
+    far its outputs move that way. Raises FitnessError for values that cannot be.
+    Source: docs/method.md.
+    """
+
+    def __init__(self, fitness: Fitness, tau: float = 2.0, samples: int = 256):
+        check_smoothing(tau, samples)
+        self.fitness, self.tau, self.samples = fitness, tau, samples
+        self.unit = torch.zeros(())  # what scores are measured in, from the steps so far
+
+    def prepare(
+        self, outputs: Tensor, labels: Any, generator: torch.Generator
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What `__call__` reads in place of labels: unperturbed outputs (B, ..., C), and directions
+        of the same shape; and the unperturbed network's own scores, (B,) or 0-d."""
+        noise = gaussian((self.samples // 2, *outputs.shape), generator, outputs)
+        moved = self.tau * noise
+        noisy = torch.cat([outputs.unsqueeze(0), outputs + moved, outputs - moved])
+        scores = self.fitness(noisy, labels)
+        check_scores(scores, len(noisy), len(outputs), by_example=False)
+        scores = scores.float()
+        of_examples = scores.dim() == 2
+        advantage = self._of_examples if of_examples else self._of_the_batch
+        plus, minus = advantage(scores[1:], len(outputs)).chunk(2)
+        weights = (plus - minus) / self.samples
+        weights = weights.view(len(weights), -1, *[1] * (outputs.dim() - 1))
+        direction = (weights * noise).sum(0) - OUTPUT_DECAY / self.tau * outputs
+        return (outputs, direction), scores[0]
+
+    def _of_examples(self, scores: Tensor, _: int) -> Tensor:
+        """Advantages of the noisy copies, (K, B): the sum over all levels of score of how far a
+        copy that reaches one raises the log of the share that do; of hits (F - mean) / mean."""
+        ordered, order = scores.t().contiguous().sort(1)  # (B, K)
+        spread = ordered[:, -1] - ordered[:, 0]
+        typical = spread.sum() / (spread > 0).sum().clamp_min(1)
+        followed = torch.lerp(self.unit.to(typical), typical, UNIT_RATE)
+        followed = torch.where(self.unit.to(typical) > 0, followed, typical)
+        self.unit = torch.where(typical > 0, followed, self.unit.to(typical))
+        reached = torch.arange(len(scores) - 1, 0, -1, device=scores.device) / len(scores)
+        levels = ordered.diff(dim=1) / (reached + LEAST_SHARE) / _not_zero(self.unit)
+        utility = F.pad(levels.cumsum(1), (1, 0))
+        utility -= utility.mean(1, keepdim=True)
+        return torch.empty_like(utility).scatter_(1, order, utility).t()
+
+    def _of_the_batch(self, scores: Tensor, examples: int) -> Tensor:
+        """Advantages, (K,), of scores of the whole batch, of which each example has a share. In
+        units of the widest spread so far, so that they fade as the scores agree."""
+        self.unit = torch.maximum(self.unit.to(scores), scores.std() * examples**0.5)
+        return BATCH_GAIN * examples * (scores - scores.mean()) / _not_zero(self.unit)
+
+    def __call__(self, outputs: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        """How far each member's outputs (P, B, ..., C) moved in the right direction, (P, B)."""
+        unperturbed, direction = prepared
+        return ((outputs - unperturbed) * direction).flatten(2).sum(-1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unit": self.unit}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.unit = state["unit"]
+
+
+def _not_zero(unit: Tensor) -> Tensor:
+    """To divide by: where scores have never differed, there is nothing to divide."""
+    return unit.clamp_min(torch.finfo(unit.dtype).tiny)
+
+
+def smoothed(fitness: Fitness, tau: float = 2.0, samples: int = 256) -> Smoothed:
+    """`fitness` as a score for every example that every small change moves: see Smoothed."""
+    return Smoothed(fitness, tau, samples)
+
+
+def check_smoothing(tau: float, samples: int) -> None:
+    """Raises FitnessError for what cannot be."""
+    if samples < 2 or samples % 2:
+        raise FitnessError(
+            f"{samples} smoothing samples are no antithetic pairs (try {max(2, samples + 1)})"
+        )
+    if not tau > 0:
+        raise FitnessError(f"smoothing {tau} is not above 0 (try 2)")
 
 
 def check_scores(scores: Tensor, members: int, examples: int, *, by_example: bool) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,9 +21,15 @@ def argmax_k(x: Tensor) -> Tensor:
 
     Where units tie for the last place, all of them are on.
     """
-    k = -(-x.shape[-1] // 4)
-    least = x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    return (x >= least).to(x.dtype)
+    return (x >= kth_largest(x, -(-x.shape[-1] // 4))).to(x.dtype)
+
+
+def kth_largest(x: Tensor, k: int) -> Tensor:
+    """(..., H) to (..., 1). NumPy's selection is six times as fast as torch's on a CPU."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return x.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    place = x.shape[-1] - k
+    return torch.from_numpy(np.partition(x.detach().numpy(), place)[..., place : place + 1])
 
 
 def int8_round(x: Tensor) -> Tensor:

@@ -1,12 +1,9 @@
 """Accuracy with a price: to answer 4 where the digit is a 9 costs as much as five other mistakes.
 
-python mnist_eggroll.py --fitness examples/costly_confusion.py:minus_cost \
-    --members batch --population 416 --sigma 0.05 --lr 0.01 --epochs 1
+python mnist_eggroll.py --fitness examples/costly_confusion.py:minus_cost
+python evaluate.py results/runs/FOLDER --fitness examples/costly_confusion.py:minus_cost
 
-What comes out: one epoch, about a minute on one core, 70 % of the test images right.
-
-A price for each answer is a score for each example, so example members take it too (leave out
---members batch).
+TODO
 """
 
 from torch import Tensor

@@ -1,10 +1,8 @@
 """The verdict of another program as the fitness: here awk, with the rules in judge.awk.
 
-python mnist_eggroll.py --fitness examples/external_program.py:verdict \
-    --members batch --population 416 --sigma 0.05 --lr 0.01 --epochs 1
+python mnist_eggroll.py --fitness examples/external_program.py:verdict
 
-What comes out: one epoch, about a minute on one core. The judge counts what is right, so the
-network becomes what --fitness accuracy makes of it; other rules are other lines of awk.
+TODO The judge counts what is right in a batch; other rules are other lines of awk.
 
 The program is started once and asked over pipes: a line with the right digits, then a line with
 each member's answers, for which it returns a line with a score. Only digits reach it and only

@@ -9,6 +9,7 @@ from lab.errors import UserError
 STEPS = 50  # per look: reading a number waits for the device
 LOST = 0.9  # of what was gained since the start
 GAINED = 0.25  # of the fitness at the start: less could be chance
+BY_CHANCE = 0.05  # accuracy that an untrained network gains or loses without a reason
 FAR = 100  # times the fitness at the start: further below it is no noise
 
 
@@ -59,6 +60,11 @@ def check_finite(fitness: float, step: int) -> float:
     if not math.isfinite(fitness):
         raise UserError(f"training diverged: the fitness is {fitness} at step {step:,} ({_REMEDY})")
     return fitness
+
+
+def opposed(fitness: float, accuracy: float) -> bool:
+    """Whether one has risen and the other fallen, by more of the accuracy than chance."""
+    return abs(accuracy) > BY_CHANCE and fitness * accuracy < 0
 
 
 _REMEDY = "try a smaller --lr, or more members; the last good checkpoint is kept"

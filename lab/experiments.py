@@ -55,26 +55,27 @@ USUAL = ("backprop", "eggroll", "eggroll-batch")
 
 # What --all adds: rows named METHOD+VARIANT
 ACTIVATIONS = ("relu", "int8-round", "argmax-k", "step", "sign")
-for _name in ACTIVATIONS:
-    for _method in ("backprop", "eggroll"):
-        COMMANDS[f"{_method}+{_name}"] = [
-            *COMMANDS[_method],
-            "--activation",
-            _name,
-            "--epochs",
-            "2",
-        ]
 FITNESSES = {
     "accuracy": "accuracy",
+    "even-digits": "examples/even_digits.py:even_hits",
     "macro-F1": "examples/macro_f1.py:macro_f1",
     "priced-confusions": "examples/costly_confusion.py:minus_cost",
     "external-program": "examples/external_program.py:verdict",
+    "sum-of-a-row": "examples/sum_of_a_row.py:sum_is_right",
 }
-for _name, _fitness in FITNESSES.items():
-    COMMANDS[f"eggroll-batch+{_name}"] = [
-        *COMMANDS["eggroll-batch"], "--fitness", _fitness, "--epochs", "1",
-        "--population", "256", "--sigma", "0.05", "--lr", "0.01",
-    ]  # fmt: skip
+COMMANDS |= {
+    f"{method}+{name}": [*COMMANDS[method], "--activation", name]
+    for name in ACTIVATIONS
+    for method in ("backprop", "eggroll")
+}
+COMMANDS |= {
+    f"eggroll+{name}": [*COMMANDS["eggroll"], "--fitness", fitness]
+    for name, fitness in FITNESSES.items()
+}
+COMMANDS |= {
+    f"{method}+accuracy": [*COMMANDS[method], "--fitness", "accuracy"]
+    for method in ("eggroll-int8", "eggroll-batch")
+}
 
 INSTEAD = {  # flags that this command sets for each run, and what to type for them
     "--members": 'METHODS="eggroll eggroll-batch" ./run_experiments.sh',
@@ -165,23 +166,30 @@ def flags_with_effect(method: str, args: list[str]) -> tuple[list[str], dict[str
         args = shorter
 
 
+def bare(arg: str) -> str:
+    """The name of a flag, however it is typed."""
+    return arg.split("=")[0].replace("_", "-").removeprefix("--").removeprefix("no-")
+
+
 def without(args: Sequence[str], name: str) -> list[str]:
     """`args` less a flag and its values."""
     kept, dropping = [], False
     for arg in args:
         if arg.startswith("--"):
-            bare = arg.split("=")[0].replace("_", "-").removeprefix("--")
-            dropping = bare.removeprefix("no-") == name
+            dropping = bare(arg) == name
         if not dropping:
             kept.append(arg)
     return kept
 
 
 def check_that_all_are_used(args: Sequence[str], flags: dict[str, list[str]]) -> None:
-    """Raises UserError for a flag that none of the methods takes."""
+    """Ends with a script's own message for a flag that none of the methods takes."""
     for arg in args:
         if arg.startswith("--") and not any(arg in taken for taken in flags.values()):
-            raise UserError(f"{arg} has no effect on {', '.join(flags)} (leave it out)")
+            rest = without(args, bare(arg))
+            alone = [word for word in args if word not in rest]
+            done = subprocess.run([*command_of(list(flags)[-1]), *alone, "--print-config"])
+            raise SystemExit(done.returncode)
 
 
 def chosen_seeds(on_gpu: bool) -> list[int]:

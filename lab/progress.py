@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -68,8 +69,8 @@ def population_line(evolution: Any, batch_size: int) -> str:
     )
 
 
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """One row of metrics.csv as an aligned line."""
+def epoch_line(row: dict[str, Any], epochs: int, lost: Sequence[int] = ()) -> str:
+    """One row of metrics.csv as an aligned line, with the digits that the network has lost."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     fitness = row["train_fitness"]
     parts.append(f"fitness {fitness:8.4f}" if fitness != "" else "fitness " + 8 * " ")
@@ -77,4 +78,7 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
         accuracy = row.get(f"{name}_accuracy", "")
         if accuracy != "":
             parts.append(f"{name} {accuracy:7.2%}")
-    return "  ".join([*parts, f"{row['train_seconds']:8.1f} s"])
+    parts.append(f"{row['train_seconds']:8.1f} s")
+    if lost:
+        parts.append(f"never right: {', '.join(map(str, lost))}")
+    return "  ".join(parts)

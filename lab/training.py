@@ -24,9 +24,10 @@ from lab import checkpoint
 from lab.cli import FREE_ON_RESUME, as_json, read_saved_config
 from lab.clock import Clock, device_name, peak_memory_mb
 from lab.data import Dataset
-from lab.divergence import FitnessWatch, check_finite
+from lab.divergence import FitnessWatch, check_finite, opposed
 from lab.errors import Interrupted, UserError
 from lab.evaluation import evaluate
+from lab.network import start_from
 from lab.optim import make_schedule
 from lab.progress import Progress, epoch_line, headline, population_line
 from lab.runlog import RunFolder, default_out_dir
@@ -40,7 +41,8 @@ class Training:
 
     evolution  EGGROLL's trainer: its population is logged, its state saved
 
-    Raises UserError for a folder that cannot be written to or resumed from.
+    Raises UserError for a folder that cannot be written to or resumed from, and for weights to
+    start from (--init-from) that are of another network.
     """
 
     def __init__(
@@ -76,9 +78,9 @@ class Training:
         self.stop_requested = False
         self.saved_at = time.monotonic()
         self.progress: Progress | None = None
-        if run.resume:
-            self._resume()
-        else:
+        if not (run.resume and self._resume()):
+            start_from(config.network.init_from, network)
+        if not run.resume:
             self.folder.write_config(method, config, device)
 
     # ---- what a script calls ----
@@ -203,11 +205,26 @@ class Training:
         self.fitness_sum.zero_()
         if self.step and hasattr(self.optimizer, "statistics"):
             row |= self.optimizer.statistics()
+        lost: list[int] = []
         if self.epoch % self.config.run.eval_every == 0 or self.epoch == epochs:
-            row |= evaluate(self.network, self.data)
+            columns, lost = evaluate(self.network, self.data)
+            row |= columns
         self.rows.append(row)
-        self._say(epoch_line(row, epochs))
+        self._say(epoch_line(row, epochs, lost if self.step else ()))
+        self._ask_which_way_is_up()
         self.folder.write_metrics(self._aligned_rows())
+
+    def _ask_which_way_is_up(self) -> None:
+        """At the first evaluation: a loss handed in as a fitness would be raised, not lowered."""
+        first, *later = [row for row in self.rows if "train_accuracy" in row]
+        if len(later) != 1 or not self.evolution:
+            return
+        learned = later[0]["train_accuracy"] - first["train_accuracy"]
+        if opposed(later[0]["train_fitness"] - self.watch.first, learned):
+            self._say(
+                "warning: fitness and accuracy go opposite ways; higher fitness is taken for "
+                "better: is lower better (a loss)? Then return minus it"
+            )
 
     def _forward_passes_per_image(self) -> float:
         """So far: each epoch all members, and the unperturbed network."""
@@ -278,7 +295,8 @@ class Training:
     def _peak_mb(self) -> float:
         return max(self.earlier_peak_mb, peak_memory_mb(self.device))
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Whether there is a checkpoint to go on from: without one the run starts at step 0."""
         saved = read_saved_config(self.folder.path)
         if saved.get("method") != self.method:
             raise UserError(
@@ -293,8 +311,8 @@ class Training:
                     "run keeps its flags (leave it out, or start another run)"
                 )
         state = checkpoint.load(self.folder.checkpoint, self.device)
-        if state is None:  # it was stopped before its first checkpoint: start at step 0
-            return
+        if state is None:
+            return False
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -305,6 +323,7 @@ class Training:
         self.watch.load_state(state["watch"])
         self.clock = Clock(self.device, state["seconds"])
         self.compile_seconds, self.earlier_peak_mb = state["compile_seconds"], state["peak_mb"]
+        return True
 
     def _finish(self) -> None:
         self._save("finished")

@@ -87,7 +87,7 @@ class UserFitness:
         if by_example and scores.dim() == 1:
             raise UserError(
                 f"{self.where} gives one score per member, and example members need one per member "
-                f"and example, ({MEMBERS}, {examples}) here: for a fitness of the whole batch add "
+                f"and example, ({MEMBERS}, {examples}) here: leave out --smoothing 0, or add "
                 "--members batch"
             )
 
@@ -98,7 +98,8 @@ def warm_up(evolution: Any, images: Tensor, labels: Tensor) -> None:
     Raises UserError where the members of DRAWS populations all tie. One such population may be
     chance, where a score takes few values.
     """
-    fitness, step = evolution.fitness, evolution.step
+    step = evolution.step
+    fitness = getattr(evolution.fitness, "fitness", evolution.fitness)  # of a smoothed one
     for draw in range(DRAWS):
         evolution.step = step + draw
         evolution.warm_up(images, labels)

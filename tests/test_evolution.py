@@ -18,6 +18,7 @@ from eggroll import (
     cross_entropy,
 )
 from eggroll.compiled import Compiled
+from eggroll.model import kth_largest
 
 KINDS = pytest.mark.parametrize(
     "members", [BatchMembers(64, sigma=0.05), ExampleMembers(24, sigma=0.02)]
@@ -220,3 +221,10 @@ def test_networks_without_a_gradient_evolve(activation, batch):
     fitness = train(Evolution(network, cross_entropy(), members), batch, 60, 0.05)
     assert fitness[-1] > fitness[0] + 0.2
     assert isinstance(network.layers[0], nn.Linear)
+
+
+def test_the_fast_selection_of_the_kth_largest_is_the_reference():
+    x = torch.randn(3, 5, 33).round(decimals=1)  # with ties
+    for k in (1, 9, 33):
+        reference = kth_largest(x.double(), k)  # torch's own
+        assert torch.equal(kth_largest(x, k).double(), reference)

@@ -73,11 +73,17 @@ def test_a_flag_goes_to_the_methods_where_it_has_an_effect(in_process):
     assert taken == args and settings["flags"]["rank"] == 2
 
 
-def test_a_flag_that_no_method_takes_is_refused(in_process, tmp_path):
-    with pytest.raises(UserError, match="--rank has no effect on backprop, eggroll"):
-        experiments.experiment(
-            ["--dataset", "mnist-sample", "--rank", "2"], tmp_path, ["backprop", "eggroll"]
-        )
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(("--rank", "2"), "--rank 2 has no effect"), (("--populaton", "48"), "--population")],
+)
+def test_a_flag_that_no_method_takes_ends_with_a_scripts_own_line(flags, message, tmp_path, capfd):
+    """Which suggests the nearest where it is a slip of the finger."""
+    args = ["--dataset", "mnist-sample", "--quick", *flags]
+    with pytest.raises(SystemExit) as stop:
+        experiments.experiment(args, tmp_path, ["backprop", "eggroll"])
+    said = capfd.readouterr()
+    assert stop.value.code == 2 and message in said.out + said.err
 
 
 def test_a_wrong_value_ends_with_the_scripts_own_line(in_process, capsys):

@@ -2,13 +2,14 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, call, run_command
 
-from lab import flags
+from lab import experiments, flags
 from lab.report import BEGIN, readme_with_table
 
 LAYERS = {  # what each part may import of the others
@@ -91,24 +92,39 @@ def test_the_code_in_the_readme_runs():
 
 
 COMMANDS = [
-    line.partition("#")[0].split()
+    line.partition("#")[0].strip()
     for page in PAGES
     for block in blocks_of(page, "bash")
     for line in block.splitlines()
-    if line.startswith("python ")
+    if not line.startswith("export ")
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_of_the_docs_is_one(command):
-    _, target, *flags = command
-    if target == "-m":
-        assert (ROOT / flags[0].replace(".", "/")).with_suffix(".py").exists()
-    elif target.startswith("mnist_"):
-        done = call(target, *flags, "--print-config")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_docs_is_one(command, monkeypatch):
+    words = shlex.split(command)
+    while "=" in words[0]:
+        monkeypatch.setenv(*words.pop(0).split("=", 1))
+    program, *flags = words
+    if program == "./run_experiments.sh":
+        assert experiments.chosen_seeds(on_gpu=False)
+        methods = experiments.chosen_methods(everything="--all" in flags)
+        check_flags([flag for flag in flags if flag != "--all"], methods)
+    elif program == "./run_tests.sh":
+        assert flags in ([], ["--setup-only"])
+    elif flags[0] == "-m":
+        assert (ROOT / flags[1].replace(".", "/")).with_suffix(".py").exists()
+    elif flags[0].startswith("mnist_"):
+        done = call(*flags, "--print-config")
         assert done.returncode == 0, done.stderr
     else:
-        assert (ROOT / target).exists()
+        assert program == "python" and (ROOT / flags[0]).exists()
+
+
+def check_flags(flags, methods):
+    script, *own = experiments.COMMANDS[methods[-1]]
+    done = call(script, *own, *flags, "--print-config")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_page_of_flags_is_what_the_scripts_print():

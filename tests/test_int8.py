@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eggroll import MLP, Evolution, ExampleMembers
+from eggroll import MLP, Evolution, ExampleMembers, accuracy, smoothed
 from eggroll.int8 import (
     FRACTION_BITS,
     INT8_SCALE,
@@ -17,6 +17,7 @@ from eggroll.int8 import (
     Int8CrossEntropy,
     Int8MLP,
     Int8SGD,
+    Int8SmoothedAccuracy,
     arithmetic,
 )
 from eggroll.int8.arithmetic import (
@@ -141,6 +142,19 @@ def test_integer_log_likelihood_is_the_cross_entropy_in_bits(temperature, smooth
     assert error.abs().max() < 6 / 2**FRACTION_BITS
 
 
+def test_integer_smoothing_points_where_that_of_floats_does():
+    """Uniform noise in place of Gaussian: nearly the same direction, and the same size."""
+    logits, labels = torch.randn(12, 10), torch.randint(0, 10, (12,))
+    whole = (logits / Int8MLP.nats_per_logit).round().int()
+    tau = 127 / math.sqrt(3) * 2**7 * Int8MLP.nats_per_logit  # what a shift can make
+    (_, found), hits = Int8SmoothedAccuracy(tau, 8_192).prepare(whole, labels, torch.Generator())
+    (_, expected), right = smoothed(accuracy, tau, 8_192).prepare(logits, labels, torch.Generator())
+    cosine = F.cosine_similarity(found.float().flatten(), expected.flatten(), dim=0)
+    size = found.float().norm() / (73 * 16) / expected.norm()
+    assert cosine > 0.95 and 0.7 < size < 1.4
+    assert torch.equal(hits >> FRACTION_BITS, right.int())
+
+
 def test_a_temperature_that_is_no_shift_is_refused():
     with pytest.raises(ValueError, match="no power of two"):
         Int8CrossEntropy(1.5)
@@ -224,7 +238,7 @@ def test_votes_update_the_fraction_that_was_asked_for_and_never_a_weight_without
 
 @pytest.mark.parametrize("update", ["error-feedback", "votes"])
 @pytest.mark.parametrize("shaping", ["none", "sign"])
-@pytest.mark.parametrize("fitness", [Int8Accuracy(), None])
+@pytest.mark.parametrize("fitness", [Int8Accuracy(), Int8SmoothedAccuracy(2.0, 64), None])
 def test_no_floating_tensor_takes_part_in_a_step(update, shaping, fitness, monkeypatch):
     monkeypatch.setattr(arithmetic, "FLOAT_IS_FASTER", False)
     members = ExampleMembers(24, sigma=2**-4, shaping=shaping)

@@ -96,7 +96,11 @@ def test_accuracy_and_cross_entropy_are_means_over_all_examples(mnist_dir, monke
     logits = network(digits.scale(digits.test.images))
     hits = (logits.argmax(-1) == digits.test.labels).float().mean().item()
     nats = nn.functional.cross_entropy(logits, digits.test.labels).item()
-    assert measure(network, digits, digits.test) == pytest.approx((hits, nats), abs=1e-5)
+    found = measure(network, digits, digits.test)
+    assert (found.accuracy, found.cross_entropy) == pytest.approx((hits, nats), abs=1e-5)
+    # every digit has as many images
+    assert sum(found.by_digit) / 10 == pytest.approx(hits, abs=1e-5)
+    assert found.lost == [digit for digit, right in enumerate(found.by_digit) if right == 0]
 
 
 def test_the_sample_is_stratified_and_fixed():

@@ -29,6 +29,7 @@ STEPS = 28  # of an epoch: 3,500 digits in batches of 128
 KINDS = {
     "backprop": (BACKPROP,),
     "example members": (EGGROLL, "--population", "12"),
+    "smoothed accuracy": (EGGROLL, "--fitness", "accuracy", "--population", "12"),
     "batch members": (EGGROLL, "--members", "batch", "--population", "16"),
     "one-layer members": (
         EGGROLL,
@@ -126,6 +127,18 @@ def test_seconds_to_the_goal_are_those_of_the_first_evaluation_there(tmp_path, m
     monkeypatch.setattr(training, "GOAL", 0.975)
     train("backprop", tmp_path / "missed")
     assert read_json(tmp_path / "missed" / "summary.json")["seconds_to_97_5"] is None
+
+
+def test_a_loss_that_was_handed_in_is_asked_about_and_lost_digits_are_named(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def errors(outputs, labels):\n    return (outputs.argmax(-1) != labels).float()\n"
+    )
+    wrong_way = ("--fitness", f"{tmp_path / 'own.py'}:errors", "--population", "48")
+    done = train("example members", tmp_path / "run", *wrong_way)
+    assert done.stdout.count("is lower better") == 1
+    assert re.search(r"epoch 2/2 .*never right: [\d, ]+", done.stdout)
+    done = train("example members", tmp_path / "right", "--population", "48")
+    assert "lower" not in done.stdout
 
 
 GROUPS = [
@@ -254,6 +267,8 @@ BAD_FLAGS = [
     (EGGROLL, "--fitness acuracy", "--fitness acuracy is not known"),
     (EGGROLL, "--dtype int8 --fitness own.py:f", "is not for --dtype int8 (try accuracy)"),
     (EGGROLL, "--chunk-size=-1", "--chunk-size -1 is negative"),
+    (EGGROLL, "--smoothing=-1", "--smoothing -1.0 is negative"),
+    (EGGROLL, "--fitness accuracy --smoothing-samples 7", "no antithetic pairs (try 8)"),
     (BACKPROP, "--backend fused", "try compile"),
     (BACKPROP, "--epochs 0", "--epochs 0 is below 1"),
     (BACKPROP, "--threads 0", "--threads 0 is below 1"),
@@ -304,6 +319,8 @@ WITHOUT_EFFECT = {
     ("activation", "with --dtype int8"): "--dtype int8 --activation relu",
     ("optimizer", "with --dtype int8"): "--dtype int8 --optimizer adam",
     ("weight_decay", "with --dtype int8"): "--dtype int8 --weight-decay 0.1",
+    ("smoothing", "with the cross-entropy of --dtype int8"): "--dtype int8 --smoothing 2",
+    ("smoothing_samples", "without smoothing"): "--smoothing-samples 8",
     ("temperature", "without --fitness cross-entropy"): "--fitness accuracy --temperature 3",
     ("label_smoothing", "without --fitness cross-entropy"): (
         "--fitness accuracy --label-smoothing 0.1"
@@ -550,6 +567,11 @@ def test_a_run_starts_from_the_weights_of_another(first, then, tmp_path):
     ends = read_csv(tmp_path / "first" / "metrics.csv")[-1]["test_accuracy"]
     begins = read_csv(tmp_path / "then" / "metrics.csv")[0]["test_accuracy"]
     assert ends == begins
+    if then == "backprop":  # what a run started from is not needed to go on with it
+        (tmp_path / "first" / "model.safetensors").unlink()
+        (tmp_path / "then" / "summary.json").unlink()
+        train(then, tmp_path / "then", "--epochs", "1", *start_from, "--resume")
+        assert (tmp_path / "then" / "summary.json").exists()
 
 
 def test_weights_of_another_network_are_refused_in_one_line(tmp_path):

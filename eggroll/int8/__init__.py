@@ -10,7 +10,7 @@ also store 16 times the real value and divide by 16 sqrt(fan-in). Here everythin
 """
 
 from eggroll.int8.arithmetic import INT8_MAX
-from eggroll.int8.fitness import Int8Accuracy, Int8CrossEntropy
+from eggroll.int8.fitness import Int8Accuracy, Int8CrossEntropy, Int8SmoothedAccuracy
 from eggroll.int8.gradient import layer_gradient, perturbation_size
 from eggroll.int8.network import FRACTION_BITS, INT8_SCALE, Int8Linear, Int8MLP
 from eggroll.int8.optimizer import UPDATES, Int8SGD
@@ -25,6 +25,7 @@ __all__ = [
     "Int8Linear",
     "Int8MLP",
     "Int8SGD",
+    "Int8SmoothedAccuracy",
     "layer_gradient",
     "perturbation_size",
 ]

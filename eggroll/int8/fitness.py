@@ -8,12 +8,17 @@ import math
 import torch
 from torch import Tensor
 
+from eggroll.fitness import LEAST_SHARE, check_smoothing
+from eggroll.int8.arithmetic import INT8_MAX, rounded_division, rounded_shift
 from eggroll.int8.network import FRACTION_BITS
 
 UNIT = 1 << FRACTION_BITS
 POWER_BITS = 15  # of the powers of two that are summed
 CUBIC = (22_810, 7_358, 2_600)  # of 2^x for x from 0 to 1, in 2^-POWER_BITS
 SMOOTHING_PARTS = 256
+NOISE_BITS = 6  # 64 is about the standard deviation of uniform noise in -127..127
+DECAY_SHIFT = 8  # of logits, in units of a direction: OUTPUT_DECAY / tau
+DIRECTION_BITS = 4  # of a fraction: directions are seldom above 2
 
 
 class Int8Accuracy:
@@ -23,6 +28,48 @@ class Int8Accuracy:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(-1) == labels).int() << FRACTION_BITS
+
+
+class Int8SmoothedAccuracy:
+    """Int8Accuracy smoothed in output space: eggroll.fitness.Smoothed in integers.
+
+    tau      standard deviation of the noise on the logits, in nats; the noise is uniform, and a
+             power of two of its units makes the one nearest to tau
+    samples  noisy copies of the logits that are scored in each step, antithetic pairs
+
+    Raises FitnessError for values that cannot be.
+    """
+
+    unit = 1 / UNIT
+
+    def __init__(self, tau: float, samples: int):
+        check_smoothing(tau, samples)
+        one = INT8_MAX / math.sqrt(3)  # standard deviation of the noise before it is shifted
+        self.shift = max(round(math.log2(tau / Int8CrossEntropy.unit / one)), 0)
+        self.samples, self.least = samples, round(samples * LEAST_SHARE)
+
+    def prepare(
+        self, logits: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Unperturbed logits (B, C) and directions of the same shape, int32; and hits (B,)."""
+        noise = torch.empty(
+            self.samples // 2, *logits.shape, dtype=torch.int8, device=logits.device
+        )
+        noise.random_(-INT8_MAX, INT8_MAX + 1, generator=generator)
+        moved = noise.int() << self.shift
+        hits = torch.cat([logits.unsqueeze(0), logits + moved, logits - moved]).argmax(-1) == labels
+        plus, minus = hits[1:].int().chunk(2)
+        total = ((plus - minus).unsqueeze(-1) * noise).sum(0, dtype=torch.int32)
+        scale = (plus + minus).sum(0, dtype=torch.int32) + self.least
+        direction = rounded_division(total << DIRECTION_BITS, scale.clamp_min(1).unsqueeze(-1))
+        direction -= rounded_shift(logits, DECAY_SHIFT)
+        return (logits, direction), hits[0].int() << FRACTION_BITS
+
+    def __call__(self, logits: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        """How far each member's logits (P, B, C) moved in the right direction, (P, B)."""
+        unperturbed, direction = prepared
+        moved = (logits - unperturbed) * direction
+        return rounded_shift(moved.sum(-1, dtype=torch.int32), DIRECTION_BITS + NOISE_BITS)
 
 
 class Int8CrossEntropy:
