@@ -59,10 +59,12 @@ PRESETS = {
     "eggroll": EXAMPLE | {"population": "48+64+16", "lr": 0.06, "epochs": 10},
     "eggroll-int8": EXAMPLE | {"population": "48+64+16", "lr": 0.03, "epochs": 10, "sigma": 0.005},
     "eggroll-batch": BATCH | {"population": "832", "lr": 0.015, "epochs": 3},
-    "eggroll-batch-one-layer": ONE_LAYER | {"population": "5120", "lr": 0.012, "epochs": 10},
+    "eggroll-batch-one-layer": ONE_LAYER | {"population": "5120", "lr": 0.012, "epochs": 3},
 }
 # A fitness that jumps, or that a user wrote: smoothed, for example members
-SMOOTHED = {"smoothing": 2.0, "smoothing_samples": 256, "lr": 0.015, "lr_schedule": "linear"}
+SMOOTHED = {"smoothing": 2.0, "smoothing_samples": 256}
+SMOOTHED_RATE = 2 / 3  # of the preset's learning rate
+WHOLE_BATCH = {"smoothing_samples": 1024}  # one score for all examples tells less of each
 # populations of --quick, and on a GPU (not measured)
 QUICK = {"eggroll": "48", "eggroll-int8": "48", "eggroll-batch": "128"}
 QUICK |= {"eggroll-batch-one-layer": "384"}
@@ -71,7 +73,12 @@ ON_A_GPU = {"eggroll": "256+256+16", "eggroll-batch": "4000"}
 EPOCHS = {"quick": 1, "full-sample": 30, "quick-sample": 10}
 # Units that jump answer in jumps: members must move far enough to flip some, to either side
 JUMPS = {"antithetic": True, "sigma": 0.045}
-BY_ACTIVATION = {"sign": JUMPS, "step": JUMPS, "argmax-k": JUMPS}
+BY_ACTIVATION = {
+    "sign": JUMPS | {"population": "192+192+16", "lr": 0.1},
+    "step": JUMPS | {"population": "192+192+16", "lr": 0.1},
+    "argmax-k": JUMPS | {"population": "96+96+16"},
+    "int8-round": {"sigma": 0.01},
+}
 # Forward passes of one example through one member beyond which compiling pays on a CPU
 WORTH_COMPILING = 100_000_000
 
@@ -172,30 +179,45 @@ def smoothing(flags: EvolutionFlags) -> float:
     return SMOOTHED["smoothing"] if jumps else 0.0
 
 
+def of_the_batch(config: Config) -> bool:
+    """Whether a user's fitness has one score for the whole batch. Raises UserError where it cannot
+    be used, or needs smoothing."""
+    flags = config.evolution
+    if flags.fitness in ("cross-entropy", "accuracy") or flags.dtype == "int8":
+        return False
+    whole = user_fitness.load(flags.fitness).try_out(config.training.batch_size)
+    if whole and flags.members == "example" and not smoothing(flags):
+        raise UserError(
+            f"--fitness {flags.fitness} gives one score per member, and example members need one "
+            "per example (leave out --smoothing 0, or add --members batch)"
+        )
+    return whole
+
+
 def preset(config: Config, device: torch.device) -> dict[str, Any]:
     """What this run's row of the table says, for its length, device and activation."""
     method, flags = method_name(config), config.evolution
-    values = dict(PRESETS[method])
-    values["epochs"] = EPOCHS.get(data.length(config), values["epochs"])
+    usual = PRESETS[method]
+    if flags.members == "example":
+        usual = usual | BY_ACTIVATION.get(config.network.activation, {})
+    values = usual | {"epochs": EPOCHS.get(data.length(config), usual["epochs"])}
     if device.type == "cuda" and method in ON_A_GPU:
         values |= {"population": ON_A_GPU[method]}
     if config.run.quick:
         values |= {"population": QUICK[method]}
     if config.network.hidden_dim < 256:  # counts per layer are for 256 units: share out their sum
         values |= {"population": str(sum(layer_counts(values["population"])))}
-    if flags.members == "example":
-        values |= BY_ACTIVATION.get(config.network.activation, {})
+    whole_batch = of_the_batch(config)
+    values["smoothing"] = 0.0
     if smoothing(flags):
-        values |= SMOOTHED
-    else:
-        values |= {"smoothing": 0.0}
+        values |= SMOOTHED | {"lr": SMOOTHED_RATE * values["lr"]}
+        values |= WHOLE_BATCH if whole_batch else {}
     if flags.dtype == "int8":
         values |= {"update": "error-feedback"}
     if flags.update == "votes":
         values |= {"shaping": "sign"}
-    usual = {"lr": values["lr"], "population": PRESETS[method]["population"]}
     population = flags.population or values["population"]
-    return values | {"lr": learning_rate(flags, usual, population)}
+    return values | {"lr": learning_rate(flags, usual | {"lr": values["lr"]}, population)}
 
 
 def learning_rate(flags: EvolutionFlags, usual: dict[str, Any], population: str) -> float:
@@ -270,8 +292,6 @@ def make_fitness(config: Config, device: torch.device) -> Fitness:
         fitness = accuracy
     else:
         fitness = user_fitness.load(flags.fitness)
-        by_example = flags.members == "example" and not flags.smoothing
-        fitness.try_out(config.training.batch_size, by_example=by_example)
     if not flags.smoothing:
         return fitness
     return smoothed(fitness, flags.smoothing, flags.smoothing_samples)

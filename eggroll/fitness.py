@@ -20,7 +20,7 @@ Shaping = Callable[[Tensor], Tensor]
 # Of smoothing, measured on the validation split (results/LOG.md)
 LEAST_SHARE = 0.01  # added to the share of copies that reach a score: a rare hit counts 100 at most
 UNIT_RATE = 0.01  # at which the unit of scores follows
-BATCH_GAIN = 1.5  # of a whole batch's score, whose examples are told apart by their noise alone
+BATCH_GAIN = 0.5  # of a whole batch's score, whose examples are told apart by their noise alone
 OUTPUT_DECAY = 0.04  # pulls outputs back to where noise of size tau can still change the answer
 
 

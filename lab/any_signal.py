@@ -15,7 +15,7 @@ PANELS = {  # title, and the label of a network that differs in nothing else
     "by activation (no gradient passes the last four)": "gelu",
     "by fitness (backprop needs a loss)": "cross-entropy",
 }
-ACTIVATIONS = ("gelu", "relu", "int8-round", "argmax-k", "step", "sign")
+ACTIVATIONS = ("gelu", "int8-round", "argmax-k", "step", "sign")
 ROOM = (-4, 108)  # per cent, with space for the numbers beside the marks
 
 Summaries = Sequence[Mapping[str, Any]]

@@ -54,7 +54,7 @@ COMMANDS = {
 USUAL = ("backprop", "eggroll", "eggroll-batch")
 
 # What --all adds: rows named METHOD+VARIANT
-ACTIVATIONS = ("relu", "int8-round", "argmax-k", "step", "sign")
+ACTIVATIONS = ("int8-round", "argmax-k", "step", "sign")
 FITNESSES = {
     "accuracy": "accuracy",
     "even-digits": "examples/even_digits.py:even_hits",

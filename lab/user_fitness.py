@@ -74,22 +74,17 @@ class UserFitness:
         code = getattr(self.function, "__code__", None)
         return _quoted(self.path, code.co_firstlineno if code else 1, self.name)
 
-    def try_out(self, examples: int, by_example: bool) -> None:
-        """Raises UserError, before any training, for a function that cannot be used.
+    def try_out(self, examples: int) -> bool:
+        """Whether it has one score for the whole batch, and not one for each example.
 
-        by_example  whether each example's own score is needed
+        Raises UserError, before any training, for a function that cannot be used.
         """
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(MEMBERS, examples, CLASSES, generator=generator)
         labels = torch.randint(0, CLASSES, (examples,), generator=generator)
         scores = self(logits, labels)
         self.varied = False  # of random logits it proves little
-        if by_example and scores.dim() == 1:
-            raise UserError(
-                f"{self.where} gives one score per member, and example members need one per member "
-                f"and example, ({MEMBERS}, {examples}) here: leave out --smoothing 0, or add "
-                "--members batch"
-            )
+        return scores.dim() == 1
 
 
 def warm_up(evolution: Any, images: Tensor, labels: Tensor) -> None:

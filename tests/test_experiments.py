@@ -105,7 +105,7 @@ def test_finished_runs_are_skipped_and_others_moved_aside(in_process, made, tmp_
 
 
 def test_rows_of_all_are_reported_with_a_figure_of_their_own(in_process, made, tmp_path):
-    methods = ["backprop", "eggroll", "backprop+sign", "eggroll+sign", "eggroll-batch+macro-F1"]
+    methods = ["backprop", "eggroll", "backprop+sign", "eggroll+sign", "eggroll+macro-F1"]
     experiment(tmp_path / "latest", methods=methods)
     table = (tmp_path / "latest" / "summary.md").read_text()
     assert "| eggroll+sign |" in table and "| macro_f1.py:macro_f1 |" in table

@@ -224,7 +224,7 @@ def test_print_config_prints_every_flag_and_does_nothing(script, tmp_path, monke
     assert flags["lr"] == 0.03
     assert set(flags) == set(cli.flat(module.Config())) - set(cli.ABOUT_THIS_CALL)
     unset = {name for name, value in flags.items() if value is None}
-    assert unset <= {"data_dir", "init_from", "update"}
+    assert unset <= {"data_dir", "init_from", "update", "smoothing_samples"}
     assert not list(tmp_path.iterdir())
 
 

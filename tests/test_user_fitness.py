@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, run_command, run_script
+from conftest import ROOT, SAMPLE, call, run_command, run_script
 
 import mnist_eggroll
 from eggroll import BatchMembers, Evolution, ExampleMembers, accuracy
@@ -55,8 +55,8 @@ def file(tmp_path):
     return path
 
 
-def try_out(file, name, by_example=False):
-    UserFitness(file, name).try_out(8, by_example)
+def try_out(file, name):
+    return UserFitness(file, name).try_out(8)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,13 @@ def test_what_a_function_does_wrong_is_blamed_on_its_own_line(file, name, line, 
     assert "\n" not in str(caught.value)
 
 
-def test_example_members_ask_for_a_score_of_each_example(file):
-    try_out(file, "hits", by_example=True)
-    try_out(file, "per_member")
-    with pytest.raises(UserError, match="add --members batch"):
-        try_out(file, "per_member", by_example=True)
+def test_a_score_of_the_whole_batch_is_known_as_one_and_smoothed_or_refused(file, tmp_path):
+    assert not try_out(file, "hits") and try_out(file, "per_member")
+    flags = (*SAMPLE, "--fitness", f"{file}:per_member", "--print-config")
+    settings = json.loads(call("mnist_eggroll.py", *flags).stdout)["flags"]
+    assert (settings["smoothing"], settings["smoothing_samples"]) == (2.0, 1024)
+    done = call("mnist_eggroll.py", *flags, "--smoothing", "0")
+    assert done.returncode == 2 and "leave out --smoothing 0, or add --members" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -176,23 +178,19 @@ def test_the_script_ends_with_one_line_before_anything_is_written(file, tmp_path
 # ---- examples/ ----
 
 
+FITNESSES = [p for p in (ROOT / "examples").glob("*.py") if "--fitness" in p.read_text()]
+
+
 def command_in(example):
     """What the example's header says to type."""
     text = (ROOT / "examples" / example).read_text().replace("\\\n    ", "")
     return re.search(r"^python (.*?)(?:   .*)?$", text, re.M)[1].split()
 
 
-@pytest.mark.parametrize("example", ["macro_f1.py", "costly_confusion.py", "external_program.py"])
+@pytest.mark.parametrize("example", [p.name for p in FITNESSES])
 def test_an_example_fitness_trains_by_its_headers_command(example, tmp_path, monkeypatch):
-    small = (
-        *SAMPLE,
-        "--population",
-        "64",
-        "--epochs",
-        "2",
-        "--hidden-dim",
-        "32",
-    )  # later flags win
+    epochs = "15" if example == "sum_of_a_row.py" else "2"  # a bit for four images is little
+    small = (*SAMPLE, "--population", "64", "--epochs", epochs, "--hidden-dim", "32")
     script, *flags = command_in(example)
     assert script == "mnist_eggroll.py"
     monkeypatch.chdir(ROOT)
@@ -215,6 +213,21 @@ def test_a_4_for_a_9_costs_as_much_as_five_other_mistakes():
     minus_cost = load(str(ROOT / "examples" / "costly_confusion.py") + ":minus_cost")
     logits = torch.eye(10)[torch.tensor([[4, 9, 3, 4]])]
     assert minus_cost(logits, torch.tensor([9, 4, 3, 1])).tolist() == [[-5, -1, 0, -1]]
+
+
+def test_even_digits_alone_count():
+    even_hits = load(str(ROOT / "examples" / "even_digits.py") + ":even_hits")
+    logits = torch.eye(10)[torch.tensor([[4, 9, 3, 0]])]
+    assert even_hits(logits, torch.tensor([4, 9, 4, 0])).tolist() == [[1, 0, 0, 1]]
+
+
+def test_a_row_is_right_where_its_sum_is_whatever_its_digits_are():
+    sum_is_right = load(str(ROOT / "examples" / "sum_of_a_row.py") + ":sum_is_right")
+    answers = torch.tensor([[1, 2, 3, 4, 9, 9], [4, 3, 2, 1, 9, 8], [1, 2, 3, 5, 8, 9]])
+    labels = torch.tensor([1, 2, 3, 4, 9, 8])  # a row of four and one of two
+    found = sum_is_right(torch.eye(10)[answers], labels)
+    expected = [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
+    assert found.tolist() == expected
 
 
 def test_the_program_outside_gives_each_member_its_score_whatever_their_number():
