@@ -7,6 +7,7 @@ graph on static buffers. A compiler that is there but broken costs one warning, 
 eagerly.
 """
 
+import gc
 import shutil
 import warnings
 from types import FunctionType
@@ -52,7 +53,9 @@ class Compiled:
     def _first(self, *args: Any) -> Any:
         """Compile; where that fails and the function itself does not, go on eagerly."""
         try:
-            return self.compiled(*args)
+            result = self.compiled(*args)
+            gc.collect()  # the compiler's graphs, in cycles: 20 MB that the next one would add to
+            return result
         except Exception as error:  # what a broken compiler raises has no end
             result = self.function(*args)
             reason = " ".join(str(error).split())[:100]
