@@ -19,6 +19,7 @@ use_python() {
     elif _has_modules python3 torch torchvision; then
         echo "Building .venv on top of the PyTorch that python3 has: about a minute"
         _make_venv --system-site-packages
+        _share_packages_of_python3
     else
         echo "Building .venv from $requirements (PyTorch is large: some minutes, about 6 GB)"
         _make_venv
@@ -32,6 +33,14 @@ use_python() {
 
 _make_venv() {
     python3 -m venv "$@" .venv || _fail "python3 -m venv failed; on Debian or Ubuntu: apt install python3-venv"
+}
+
+# Where python3 is itself of a virtual environment, --system-site-packages shows what lies below that
+# one, and not its own packages.
+_share_packages_of_python3() {
+    local folder
+    folder=$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    python3 -c 'import site; print(*site.getsitepackages(), sep="\n")' >"$folder/python3.pth"
 }
 
 _new_enough() {

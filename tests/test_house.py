@@ -1,10 +1,12 @@
 """Rules of the house that a machine can check."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, call, run_command
@@ -61,6 +63,19 @@ def test_ruff_has_nothing_to_say(command):
 @pytest.mark.parametrize("script", ["run_experiments.sh", "run_tests.sh", "lab/setup.sh"])
 def test_shell_scripts_parse(script):
     assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
+
+
+def test_an_environment_sees_the_packages_of_the_python_that_it_is_built_on(tmp_path):
+    """Even where that python is itself of a virtual environment, as the tests' own may be."""
+    script = f"""
+        source {ROOT}/lab/setup.sh
+        python3 -m venv --system-site-packages --without-pip .venv
+        _share_packages_of_python3
+        .venv/bin/python -c "import torch, tyro"
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run_command("bash", "-ec", script, cwd=tmp_path, env={"PATH": path})
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_readme_table_is_the_committed_results():
