@@ -62,6 +62,8 @@ def main() -> None:
 def mean_fitness(name: str, network: nn.Module, digits: data.Dataset) -> float:
     """A user's fitness of the network on the whole test set, or its mean over the images."""
     outputs = network(digits.scale(digits.test.images)).unsqueeze(0)
+    if isinstance(network, Int8MLP):
+        outputs = outputs * network.nats_per_logit
     return user_fitness.load(name)(outputs, digits.test.labels).float().mean().item()
 
 

@@ -20,7 +20,7 @@ from lab.training import Training
 
 METHOD = "backprop"
 
-# What runs where no flag says otherwise. An epoch of mnist-sample is 32 steps, so it gets more.
+# What runs where no flag says otherwise. An epoch of mnist-sample is 28 steps, so it gets more.
 PRESET = {"lr": 0.1, "lr_schedule": "onecycle", "label_smoothing": 0.1}
 EPOCHS = {"full": 10, "quick": 2, "full-sample": 30, "quick-sample": 10}
 

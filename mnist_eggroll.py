@@ -61,7 +61,7 @@ PRESETS = {
     "eggroll-batch": BATCH | {"population": "832", "lr": 0.015, "epochs": 3},
     "eggroll-batch-one-layer": ONE_LAYER | {"population": "5120", "lr": 0.012, "epochs": 3},
 }
-# A fitness that jumps, or that a user wrote: smoothed, for example members
+# A smoothed fitness: with example members every one but cross-entropy
 SMOOTHED = {"smoothing": 2.0, "smoothing_samples": 256}
 SMOOTHED_RATE = 2 / 3  # of the preset's learning rate
 WHOLE_BATCH = {"smoothing_samples": 1024}  # one score for all examples tells less of each
@@ -69,7 +69,7 @@ WHOLE_BATCH = {"smoothing_samples": 1024}  # one score for all examples tells le
 QUICK = {"eggroll": "48", "eggroll-int8": "48", "eggroll-batch": "128"}
 QUICK |= {"eggroll-batch-one-layer": "384"}
 ON_A_GPU = {"eggroll": "256+256+16", "eggroll-batch": "4000"}
-# an epoch of mnist-sample is 32 steps, so it gets more of them
+# an epoch of mnist-sample is 28 steps, so it gets more of them
 EPOCHS = {"quick": 1, "full-sample": 30, "quick-sample": 10}
 # Units that jump answer in jumps: members must move far enough to flip some, to either side
 JUMPS = {"antithetic": True, "sigma": 0.045}
@@ -179,13 +179,13 @@ def smoothing(flags: EvolutionFlags) -> float:
     return SMOOTHED["smoothing"] if jumps else 0.0
 
 
-def of_the_batch(config: Config) -> bool:
+def of_the_batch(config: Config, device: torch.device) -> bool:
     """Whether a user's fitness has one score for the whole batch. Raises UserError where it cannot
     be used, or needs smoothing."""
     flags = config.evolution
     if flags.fitness in ("cross-entropy", "accuracy") or flags.dtype == "int8":
         return False
-    whole = user_fitness.load(flags.fitness).try_out(config.training.batch_size)
+    whole = user_fitness.load(flags.fitness).try_out(config.training.batch_size, device)
     if whole and flags.members == "example" and not smoothing(flags):
         raise UserError(
             f"--fitness {flags.fitness} gives one score per member, and example members need one "
@@ -207,7 +207,7 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
         values |= {"population": QUICK[method]}
     if config.network.hidden_dim < 256:  # counts per layer are for 256 units: share out their sum
         values |= {"population": str(sum(layer_counts(values["population"])))}
-    whole_batch = of_the_batch(config)
+    whole_batch = of_the_batch(config, device)
     values["smoothing"] = 0.0
     if smoothing(flags):
         values |= SMOOTHED | {"lr": SMOOTHED_RATE * values["lr"]}
@@ -224,7 +224,7 @@ def learning_rate(flags: EvolutionFlags, usual: dict[str, Any], population: str)
     """The preset's, for its own population: the fewer members, the noisier the estimate and the
     smaller the step.
 
-    Measured from 12 to 528 example members, and at 128 and 832 batch members (docs/method.md).
+    Measured from 12 to 528 example members, and from 64 to 5,000 batch members (docs/method.md).
     """
     if flags.update == "votes":
         return 0.02  # of the weights

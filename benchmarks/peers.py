@@ -399,7 +399,7 @@ class Worker:
         network = MLP()
         for layer, weight in zip(network.layers, self.peer.weights(), strict=True):
             layer.weight.data.copy_(weight)
-        accuracy = measure(network, self.digits, getattr(self.digits, self.config.split))[0]
+        accuracy = measure(network, self.digits, getattr(self.digits, self.config.split)).accuracy
         spent = round(spent, 2)
         return {"accuracy": accuracy, "train_seconds": spent, "generations": generations}
 

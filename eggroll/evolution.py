@@ -107,7 +107,7 @@ class Evolution:
     @property
     def mean_fitness(self) -> Tensor:
         """Of the unperturbed network on the last batch, 0-d, in nats or the fitness's own units."""
-        return self._own_scores.float().mean() * getattr(self.fitness, "unit", 1.0)
+        return self._own_scores.float().mean() * getattr(self.fitness, "fitness_per_unit", 1.0)
 
     # ---- a step ----
 
@@ -118,9 +118,9 @@ class Evolution:
         Weights are read and never written. Raises FitnessError, and PopulationError on the first
         batch.
         """
-        inputs = self._follow_the_network(inputs)
         if self.expand is None:
             self._meet(inputs)
+        inputs = self._follow_the_network(inputs)
         weights, biases = self.evolving.weights, self.evolving.biases
         calls, outputs = record(self.evaluated, weights, inputs)
         keys = Keys(self.seed, self.step, self.device)
@@ -173,8 +173,10 @@ class Evolution:
 
     def _meet(self, inputs: Tensor) -> None:
         """On the first batch: which weights the network uses, and how it treats the member axis."""
-        calls, self.expand = inspect(self.evaluated, self.evolving, inputs)
-        used = positions(self.evolving, calls)
+        # the network itself: in a copy of few bits rounding could pass for a difference
+        own = find_evolving(self.network)
+        calls, self.expand = inspect(self.network, own, inputs)
+        used = positions(own, calls)
         self._targets = find_evolving(self.network, used)
         self.evolving = find_evolving(self.evaluated, used)
         self._plan()
@@ -213,9 +215,11 @@ class Evolution:
     def _checked(self, scores: Tensor, members: int, examples: int) -> Tensor:
         """Scores in the form that the members read: (P,), or (P, B). Raises FitnessError."""
         check_scores(scores, members, examples, by_example=self.members.by_example)
+        dtype = self.evolving.weights[0].dtype
+        if dtype != torch.int8:  # whose scores stay integers
+            scores = scores.to(self.device, torch.promote_types(dtype, torch.float32))
         if self.members.by_example:
             return scores
-        scores = scores.float()
         return scores.mean(1) if scores.dim() == 2 else scores
 
     def _scorer(self, layer: int | None) -> Callable[..., Tensor]:

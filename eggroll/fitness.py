@@ -19,7 +19,7 @@ Shaping = Callable[[Tensor], Tensor]
 
 # Of smoothing, measured on the validation split (results/LOG.md)
 LEAST_SHARE = 0.01  # added to the share of copies that reach a score: a rare hit counts 100 at most
-UNIT_RATE = 0.01  # at which the unit of scores follows
+FADING = 0.01  # part of the distance that the unit of scores falls in a step, where scores narrow
 BATCH_GAIN = 0.5  # of a whole batch's score, whose examples are told apart by their noise alone
 OUTPUT_DECAY = 0.04  # pulls outputs back to where noise of size tau can still change the answer
 
@@ -67,7 +67,7 @@ class Smoothed:
     def __init__(self, fitness: Fitness, tau: float = 2.0, samples: int = 256):
         check_smoothing(tau, samples)
         self.fitness, self.tau, self.samples = fitness, tau, samples
-        self.unit = torch.zeros(())  # what scores are measured in, from the steps so far
+        self.spread = torch.zeros(())  # what scores are measured in, from the steps so far
 
     def prepare(
         self, outputs: Tensor, labels: Any, generator: torch.Generator
@@ -79,26 +79,27 @@ class Smoothed:
         noisy = torch.cat([outputs.unsqueeze(0), outputs + moved, outputs - moved])
         scores = self.fitness(noisy, labels)
         check_scores(scores, len(noisy), len(outputs), by_example=False)
-        scores = scores.float()
-        of_examples = scores.dim() == 2
-        advantage = self._of_examples if of_examples else self._of_the_batch
-        plus, minus = advantage(scores[1:], len(outputs)).chunk(2)
+        scores = scores.to(outputs.device, torch.float32)
+        self.spread = self.spread.to(scores)
+        if scores.dim() == 2:
+            plus, minus = self._of_examples(scores[1:]).chunk(2)
+        else:
+            plus, minus = self._of_the_batch(scores[1:], len(outputs)).chunk(2)
         weights = (plus - minus) / self.samples
         weights = weights.view(len(weights), -1, *[1] * (outputs.dim() - 1))
         direction = (weights * noise).sum(0) - OUTPUT_DECAY / self.tau * outputs
         return (outputs, direction), scores[0]
 
-    def _of_examples(self, scores: Tensor, _: int) -> Tensor:
+    def _of_examples(self, scores: Tensor) -> Tensor:
         """Advantages of the noisy copies, (K, B): the sum over all levels of score of how far a
         copy that reaches one raises the log of the share that do; of hits (F - mean) / mean."""
         ordered, order = scores.t().contiguous().sort(1)  # (B, K)
         spread = ordered[:, -1] - ordered[:, 0]
         typical = spread.sum() / (spread > 0).sum().clamp_min(1)
-        followed = torch.lerp(self.unit.to(typical), typical, UNIT_RATE)
-        followed = torch.where(self.unit.to(typical) > 0, followed, typical)
-        self.unit = torch.where(typical > 0, followed, self.unit.to(typical))
+        faded = torch.lerp(self.spread, typical, FADING)
+        self.spread = torch.where(typical > 0, torch.maximum(faded, typical), self.spread)
         reached = torch.arange(len(scores) - 1, 0, -1, device=scores.device) / len(scores)
-        levels = ordered.diff(dim=1) / (reached + LEAST_SHARE) / _not_zero(self.unit)
+        levels = ordered.diff(dim=1) / (reached + LEAST_SHARE) / _not_zero(self.spread)
         utility = F.pad(levels.cumsum(1), (1, 0))
         utility -= utility.mean(1, keepdim=True)
         return torch.empty_like(utility).scatter_(1, order, utility).t()
@@ -106,24 +107,25 @@ class Smoothed:
     def _of_the_batch(self, scores: Tensor, examples: int) -> Tensor:
         """Advantages, (K,), of scores of the whole batch, of which each example has a share. In
         units of the widest spread so far, so that they fade as the scores agree."""
-        self.unit = torch.maximum(self.unit.to(scores), scores.std() * examples**0.5)
-        return BATCH_GAIN * examples * (scores - scores.mean()) / _not_zero(self.unit)
+        self.spread = torch.maximum(self.spread, scores.std() * examples**0.5)
+        return BATCH_GAIN * examples * (scores - scores.mean()) / _not_zero(self.spread)
 
     def __call__(self, outputs: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
         """How far each member's outputs (P, B, ..., C) moved in the right direction, (P, B)."""
         unperturbed, direction = prepared
-        return ((outputs - unperturbed) * direction).flatten(2).sum(-1)
+        moved = (outputs - unperturbed) * direction
+        return moved.reshape(*outputs.shape[:2], -1).sum(-1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"unit": self.unit}
+        return {"spread": self.spread}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.unit = state["unit"]
+        self.spread = state["spread"]
 
 
-def _not_zero(unit: Tensor) -> Tensor:
+def _not_zero(spread: Tensor) -> Tensor:
     """To divide by: where scores have never differed, there is nothing to divide."""
-    return unit.clamp_min(torch.finfo(unit.dtype).tiny)
+    return spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
 def smoothed(fitness: Fitness, tau: float = 2.0, samples: int = 256) -> Smoothed:
@@ -147,7 +149,7 @@ def check_scores(scores: Tensor, members: int, examples: int, *, by_example: boo
     if by_example and scores.shape == (members,):
         raise FitnessError(
             "the fitness gives one score per member, and example members need one per member and "
-            f"example, {wanted} (for a fitness of the whole batch use batch members)"
+            f"example, {wanted} (for a fitness of the whole batch use smoothed, or batch members)"
         )
     if scores.shape != (members, examples) and (by_example or scores.shape != (members,)):
         raise FitnessError(

@@ -314,18 +314,21 @@ class ExampleMembers(_Members):
     # ---- what a member adds ----
 
     def shared(self, step: Step, layer: int) -> dict[str, Tensor]:
-        """Noise that all blocks of a layer share, drawn once a step: all rows of a Hadamard matrix
-        in random order, rows (., O), and for the layer's k-th call random column signs, d{k}
-        (B, ..., O), and the perturbation's size, c{k}."""
+        """Noise of a layer, drawn once a step. For its k-th call a{k} (N, ..., O): all rows of a
+        Hadamard matrix in random order, each with a random sign in each call and position, times
+        the perturbation's size c{k}; and random column signs of each example, d{k} (B, ..., O)."""
         if layer in step.shared:
             return step.shared[layer]
-        generator, outputs = step.keys.generator(layer, shared=True), len(step.weights[layer])
-        calls = _calls_of(step, layer)
+        generator, outputs = step.keys.generator(layer), len(step.weights[layer])
+        calls, noise = _calls_of(step, layer), {}
         dtype = calls[0].y.dtype
-        noise = {"rows": orthogonal_rows(outputs, generator, dtype)}
+        rows = orthogonal_rows(outputs, generator, dtype)
         for k, call in enumerate(calls):
-            noise[f"d{k}"] = signs(call.y.shape[1:], generator, dtype)
+            positions = call.y.shape[2:-1]
+            xi = signs((len(rows), *positions, 1), generator, dtype)
             noise[f"c{k}"] = self._size(call)
+            noise[f"a{k}"] = rows.view(len(rows), *[1] * len(positions), -1) * xi * noise[f"c{k}"]
+            noise[f"d{k}"] = signs(call.y.shape[1:], generator, dtype)
         step.shared[layer] = noise
         return noise
 
@@ -338,35 +341,16 @@ class ExampleMembers(_Members):
         return self.sigma * mean.sqrt()
 
     def draw(self, step: Step, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """Of the blocks' P members: rows (P, O), and for the layer's k-th call u{k} (P, B, ...),
-        the size of the perturbation with a random sign, and d{k} (B, ..., O)."""
-        layer = blocks[0].layer
-        shared, calls = self.shared(step, layer), _calls_of(step, layer)
-        noise = {"rows": shared["rows"][self._rows(step, blocks)]}
-        drawn = [self._signs_of_block(step, block, calls) for block in blocks]
-        for k, parts in enumerate(zip(*drawn, strict=True)):
-            noise[f"u{k}"] = _joined(parts) * shared[f"c{k}"]
-            noise[f"d{k}"] = shared[f"d{k}"]
-        return noise
-
-    def _rows(self, step: Step, blocks: Sequence[Block]) -> Tensor | slice:
-        """Which rows of the layer the blocks' members have: twins share one."""
-        size = self.block_size(step.keys.device)
-        start = blocks[0].number * size // self._signs
+        """Of the blocks' P members, for the layer's k-th call: a{k} (P, ..., O), negative for the
+        second member of a pair, and d{k} (B, ..., O)."""
+        shared, noise = self.shared(step, blocks[0].layer), {}
+        start = blocks[0].number * self.block_size(step.keys.device) // self._signs
         stop = start + sum(map(len, blocks)) // self._signs
-        if not self.antithetic:
-            return slice(start, stop)
-        return torch.arange(start, stop, device=step.keys.device).repeat_interleave(2)
-
-    def _signs_of_block(self, step: Step, block: Block, calls: Sequence[Call]) -> list[Tensor]:
-        """For each call (P, B, ...); whole blocks are drawn."""
-        generator = step.keys.generator(block.layer, block.number)
-        whole, drawn = self.block_size(step.keys.device) // self._signs, []
-        for call in calls:
-            xi = signs((whole, *call.y.shape[1:-1]), generator, call.y.dtype)
-            xi = torch.stack([xi, -xi], 1).flatten(0, 1) if self.antithetic else xi
-            drawn.append(xi[: len(block)])
-        return drawn
+        for k in range(len(_calls_of(step, blocks[0].layer))):
+            a = shared[f"a{k}"][start:stop]
+            a = torch.stack([a, -a], 1).flatten(0, 1) if self.antithetic else a
+            noise |= {f"a{k}": a, f"d{k}": shared[f"d{k}"]}
+        return noise
 
     def add(
         self,
@@ -377,10 +361,8 @@ class ExampleMembers(_Members):
         x: Tensor,
         y: Tensor,  # (P, B, ..., O) or (1, B, ..., O): the unperturbed product
     ) -> Tensor:
-        """y plus each member's term, u A with A = d * row, (P, B, ..., O)."""
-        u, rows = noise[f"u{call}"], noise["rows"]
-        rows = rows.view(len(rows), *[1] * (y.dim() - 2), -1)
-        return torch.addcmul(y, u.unsqueeze(-1) * noise[f"d{call}"], rows)
+        """y plus each member's term, d a, (P, B, ..., O)."""
+        return torch.addcmul(y, noise[f"d{call}"], noise[f"a{call}"].unsqueeze(1))
 
     # ---- what its score says ----
 
@@ -389,38 +371,39 @@ class ExampleMembers(_Members):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Ascent direction of every weight, (O, I), and bias, (O,), from scores (P, B).
 
-        delta = mean over members of (s - s0) u A / u^2 is on average the derivative of an example's
+        delta = mean over members of (s - s0) d a / c^2 is on average the derivative of an example's
         fitness in what the layer wrote for it; the weights follow by an outer product with what it
         read. Source: docs/method.md.
         """
-        on_weights = [torch.zeros_like(weight) for weight in step.weights]
-        on_biases = [torch.zeros_like(bias) for bias in step.biases]
+        on_weights = [torch.zeros_like(weight, dtype=scores.dtype) for weight in step.weights]
+        on_biases = [torch.zeros_like(bias, dtype=scores.dtype) for bias in step.biases]
         change = scores - step.baseline
         for of_layer in grouped(blocks, len(blocks)):
-            layer, shared = of_layer[0].layer, self.shared(step, of_layer[0].layer)
-            noise = self.draw(step, of_layer)
+            layer, noise = of_layer[0].layer, self.draw(step, of_layer)
             own = change[of_layer[0].start : of_layer[-1].stop]
             for k, call in enumerate(_calls_of(step, layer)):
+                size = step.shared[layer][f"c{k}"]
                 if self.shaping == "sign":
-                    own = own.sign() * shared[f"c{k}"]
-                parts = (noise["rows"], noise[f"u{k}"], noise[f"d{k}"], shared[f"c{k}"])
+                    own = own.sign() * size
                 if call.x.dtype == torch.int8:
+                    parts = (noise[f"a{k}"], noise[f"d{k}"], size)
                     on_weights[layer] = int8.layer_gradient(call.x, own, *parts)
                     continue
-                delta = self._delta(own, *parts)
-                x = call.x.reshape(len(delta), -1)
+                parts = (noise[f"a{k}"], noise[f"d{k}"], size)
+                delta = self._delta(own, *(part.to(own.dtype) for part in parts))
+                x = call.x.reshape(len(delta), -1).to(own.dtype)
                 on_weights[layer].addmm_(delta.T, x, alpha=1 / scores.shape[1])
                 for bias, total in zip(step.biases, on_biases, strict=True):
                     if call.bias is bias:
                         total.add_(delta.sum(0), alpha=1 / scores.shape[1])
         return on_weights, on_biases
 
-    def _delta(self, change: Tensor, rows: Tensor, u: Tensor, d: Tensor, c: Tensor) -> Tensor:
+    def _delta(self, change: Tensor, a: Tensor, d: Tensor, size: Tensor) -> Tensor:
         """Derivative of each example's fitness in each of its rows of outputs, (B * ..., O)."""
-        # c = 0, a batch of blanks, gives a gradient of 0
-        unit = (c.square() * len(rows)).clamp_min(torch.finfo(c.dtype).tiny)
-        weighted = change.view(*change.shape, *[1] * (u.dim() - 2)) * u
-        return (weighted.flatten(1).T @ rows) * d.flatten(0, -2) / unit
+        # size 0, a batch of blanks, gives a gradient of 0
+        unit = (size.square() * len(a)).clamp_min(torch.finfo(size.dtype).tiny)
+        on_outputs = (change.T @ a.flatten(1) / unit).view_as(d)
+        return (on_outputs * d).flatten(0, -2)
 
 
 def share(population: int, most: Sequence[int], unit: int) -> list[int]:

@@ -61,18 +61,17 @@ def batch_gradient(evolution: Evolution, scores: Tensor) -> Parameters:
 
 
 def example_perturbations(evolution: Evolution, block: Block) -> Callable[[int, int], Parameters]:
-    """(member of the block, example) -> u A B^T with B = x / |x|^2, by parameter name; of a layer
+    """(member of the block, example) -> d a B^T with B = x / |x|^2, by parameter name; of a layer
     that is called once, and reads one row per example. With a bias x is followed by a 1."""
     step, names = evolution._last, _names(evolution.evaluated)
     noise = evolution.members.draw(step, [block])
     (call,) = [call for call in step.calls if call.index == block.layer]
 
     def perturbation(member: int, example: int) -> Parameters:
-        a = noise["rows"][member] * noise["d0"][example]
-        x, u = call.x[example], noise["u0"][member, example]
+        moved, x = noise["a0"][member] * noise["d0"][example], call.x[example]
         size = x.square().sum() + (call.bias is not None)
-        found = {names[id(step.weights[block.layer])]: u * torch.outer(a, x) / size}
-        return found if call.bias is None else found | {names[id(call.bias)]: u * a / size}
+        found = {names[id(step.weights[block.layer])]: torch.outer(moved, x) / size}
+        return found if call.bias is None else found | {names[id(call.bias)]: moved / size}
 
     return perturbation
 

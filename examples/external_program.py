@@ -23,7 +23,9 @@ AT_ONCE = 256  # answers on the way to the judge: more could fill both pipes, an
 @cache
 def judge() -> subprocess.Popen:
     """The one judge of this process; it ends when its input does."""
-    version = subprocess.run(["awk", "-W", "version"], capture_output=True, text=True)
+    version = subprocess.run(
+        ["awk", "-W", "version"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     # mawk alone waits for a full buffer, unless it is told that somebody waits for it
     unbuffered = ["-W", "interactive"] if "mawk" in version.stdout + version.stderr else []
     command = ["awk", *unbuffered, "-f", str(RULES)]

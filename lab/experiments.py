@@ -4,7 +4,7 @@ usage: ./run_experiments.sh [--quick] [--all] [any flag of the two scripts]
 
   --quick       everything in about a minute, to see that it works
   --all         also networks without a gradient and scores that are no loss, with a figure of
-                their own: about a quarter of an hour more on a CPU
+                their own: about half an hour more for each seed on a CPU
   --help        this text
 
 A flag goes to the methods where it has an effect. What they mean: python mnist_eggroll.py --help
@@ -99,8 +99,11 @@ def main() -> None:
     for flag, instead in INSTEAD.items():
         if given(flag, args):
             raise UserError(f"{flag} is set here for each run (type {instead})")
-    folder = Path(os.environ.get("RESULTS_DIR", "results/latest"))
-    experiment(args, folder, chosen_methods(everything="--all" in sys.argv[1:]))
+    methods = chosen_methods(everything="--all" in sys.argv[1:])
+    for flag in ("--activation", "--fitness"):
+        if given(flag, args) and any("+" in method for method in methods):
+            raise UserError(f"{flag} is set by the rows of --all (leave out one of the two)")
+    experiment(args, Path(os.environ.get("RESULTS_DIR", "results/latest")), methods)
 
 
 def experiment(args: list[str], folder: Path, methods: Sequence[str]) -> None:
@@ -215,10 +218,8 @@ def move_aside_other_settings(folder: Path, settings: dict[str, dict]) -> None:
         for run_folder in folder.glob(f"{method}/seed*"):
             if not (run_folder / "config.json").exists() or same_settings(run_folder, wanted):
                 continue
-            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
             aside = folder.with_name(f"{folder.name}_until_{stamp}")
-            while aside.exists():  # moved twice within a second
-                aside = aside.with_name(f"{aside.name}_")
             folder.rename(aside)
             print(f"{folder} held runs made with other flags; they are in {aside} now")
             return

@@ -37,7 +37,7 @@ GOAL = 0.975  # test accuracy at which methods are compared
 
 
 class Training:
-    """One run of one method. Leaving it by an exception saves what is done; files are complete.
+    """One run of one method. Ctrl-C saves what is done; files are complete at any moment.
 
     evolution  EGGROLL's trainer: its population is logged, its state saved
 
@@ -211,7 +211,8 @@ class Training:
             row |= columns
         self.rows.append(row)
         self._say(epoch_line(row, epochs, lost if self.step else ()))
-        self._ask_which_way_is_up()
+        if "train_accuracy" in row:
+            self._ask_which_way_is_up()
         self.folder.write_metrics(self._aligned_rows())
 
     def _ask_which_way_is_up(self) -> None:

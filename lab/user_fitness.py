@@ -1,7 +1,7 @@
 """A fitness of the user's own, from a file: loaded, tried out, and blamed by its line.
 
 --fitness path/to/file.py:function names a function of outputs (P, B, 10) and labels (B,) that
-returns scores (P, B), or (P,) for batch members; higher is better. Whatever goes wrong
+returns scores (P, B), or (P,) for the whole batch; higher is better. Whatever goes wrong
 with it is a UserError that quotes the function's own line.
 
 Shapes: P members, B examples.
@@ -74,7 +74,7 @@ class UserFitness:
         code = getattr(self.function, "__code__", None)
         return _quoted(self.path, code.co_firstlineno if code else 1, self.name)
 
-    def try_out(self, examples: int) -> bool:
+    def try_out(self, examples: int, device: torch.device) -> bool:
         """Whether it has one score for the whole batch, and not one for each example.
 
         Raises UserError, before any training, for a function that cannot be used.
@@ -82,7 +82,7 @@ class UserFitness:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(MEMBERS, examples, CLASSES, generator=generator)
         labels = torch.randint(0, CLASSES, (examples,), generator=generator)
-        scores = self(logits, labels)
+        scores = self(logits.to(device), labels.to(device))
         self.varied = False  # of random logits it proves little
         return scores.dim() == 1
 
@@ -104,7 +104,7 @@ def warm_up(evolution: Any, images: Tensor, labels: Tensor) -> None:
         raise UserError(
             f"{fitness.where} is constant: it gave all members of {DRAWS} populations the same "
             "score, so there is nothing to select by (does it use the outputs? try a larger "
-            "--sigma)"
+            "--sigma or --smoothing)"
         )
     evolution.step = step
 

@@ -16,6 +16,7 @@ from eggroll import (
     FitnessError,
     accuracy,
     cross_entropy,
+    smoothed,
 )
 from eggroll.compiled import Compiled
 from eggroll.model import kth_largest
@@ -129,7 +130,7 @@ def test_the_population_that_is_really_used_is_told(network):
     ("fitness", "members", "message"),
     [
         (lambda o, y: o, BatchMembers(4), "return"),
-        (lambda o, y: cross_entropy()(o, y).mean(1), ExampleMembers(4), "use batch members"),
+        (lambda o, y: cross_entropy()(o, y).mean(1), ExampleMembers(4), "or batch members"),
         (lambda o, y: cross_entropy()(o, y) * float("nan"), BatchMembers(4), "4 of 4 members"),
     ],
 )
@@ -148,6 +149,37 @@ def test_compiled_equals_eager(network, batch, members):
         evolution = Evolution(network, cross_entropy(), members, backend=backend)
         found.append(evolution.evaluate(*batch))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_smoothed_fitness_compiles_and_is_read_in_its_own_units(network, batch):
+    found, fitness = [], []
+    for backend in ("eager", "compile"):
+        scored = smoothed(lambda o, y: 7 * accuracy(o, y) - 3, samples=64)
+        evolution = Evolution(network, scored, ExampleMembers(12), backend=backend)
+        evolution.warm_up(*batch)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            found.append(evolution.evaluate(*batch))
+        fitness.append(evolution.mean_fitness)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+    expected = 7 * accuracy(network(batch[0]), batch[1]).mean() - 3
+    torch.testing.assert_close(fitness, [expected, expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_scores_of_another_type_are_taken(dtype, network, batch):
+    evolution = Evolution(
+        network, lambda o, y: accuracy(o, y).to(dtype), ExampleMembers(12, sigma=0.5)
+    )
+    evolution.backward(evolution.evaluate(*batch))
+    assert all(p.grad.dtype == torch.float32 for p in network.parameters())
+
+
+def test_members_in_bfloat16_of_the_usual_network_are_not_taken_for_folded():
+    network, inputs = MLP(), torch.randn(32, 784)
+    members = BatchMembers(8)
+    evolution = Evolution(network, cross_entropy(), members, dtype=torch.bfloat16)
+    evolution.backward(evolution.evaluate(inputs, torch.zeros(32, dtype=torch.long)))
+    assert all(p.grad.dtype == torch.float32 for p in network.parameters())
 
 
 @KINDS

@@ -137,6 +137,13 @@ def test_a_flag_that_the_experiment_sets_says_what_to_type(flag, monkeypatch):
         experiments.main()
 
 
+@pytest.mark.parametrize("flag", ["--activation=relu", "--fitness=accuracy"])
+def test_a_flag_that_a_row_of_all_sets_is_refused_with_it(flag, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["experiments", "--all", flag])
+    with pytest.raises(UserError, match="set by the rows of --all"):
+        experiments.main()
+
+
 def test_without_data_or_network_the_sample_is_used_and_said(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("MNIST_DIR", str(tmp_path))
 

@@ -120,17 +120,17 @@ def test_the_listing_of_example_members_computes_what_the_code_computes(small_ne
     evolution.backward(scores)
 
     noise = members.draw(step, evolution.blocks[-1:])
-    rows, d, u = noise["rows"], noise["d0"], noise["u0"]
+    a, d = noise["a0"], noise["d0"]
     c = members.sigma * call.x.square().sum(-1).mean().sqrt()
-    torch.testing.assert_close(u.abs(), c.expand_as(u))
-    y = call.y + u[:, :, None] * d * rows[:, None]
+    torch.testing.assert_close(a.abs(), c.expand_as(a))
+    y = call.y + d * a[:, None]
     scores = scores[-4:]  # of the members of the last layer
     torch.testing.assert_close(scores, cross_entropy()(y, labels))
     change = scores - step.baseline
-    delta = d * ((change * u).T @ rows) / (c**2 * 4)
+    delta = d * (change.T @ a) / (c**2 * 4)
     g = delta.T @ call.x / SIZES["B"]
     torch.testing.assert_close(small_network.layers[2].weight.grad, -g)
-    made = {"rows": rows, "d": d, "u": u, "y": y, "scores": scores, "change": change}
+    made = {"a": a, "d": d, "y": y, "scores": scores, "change": change}
     made |= {"δ": delta, "g": g}
     drawn = drawn_shapes(algorithm.EXAMPLE, SIZES | {"P": 4})
     assert drawn == {name: tensor.shape for name, tensor in made.items()}

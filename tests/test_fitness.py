@@ -70,7 +70,7 @@ def test_scores_of_a_wrong_shape_are_named(shape):
 
 def test_example_members_need_a_score_for_each_example():
     check_scores(torch.zeros(4, 5), 4, 5, by_example=True)
-    with pytest.raises(FitnessError, match="use batch members"):
+    with pytest.raises(FitnessError, match="use smoothed, or batch members"):
         check_scores(torch.zeros(4), 4, 5, by_example=True)
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,14 @@ def test_the_algorithm_needs_torch_and_numpy_alone():
     allowed = {"eggroll", "torch", "numpy", "triton"} | set(sys.stdlib_module_names)
     for path in (ROOT / "eggroll").rglob("*.py"):
         assert set(imported(path)) <= allowed, path
+
+
+def test_the_package_is_all_of_its_folders():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "eggroll").rglob("*.py")}
+    assert set(packages) == {".".join(folder.parts) for folder in folders}
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])

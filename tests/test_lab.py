@@ -399,6 +399,9 @@ def test_a_fitness_that_collapses_or_is_no_number_is_a_divergence():
     learning = [-2.3 + 2 * step / 500 for step in range(500)]
     watched(learning + [-0.3] * 200)
     watched([0.1] * 500)  # nothing learned is no divergence
+    noise = torch.randn(500, generator=torch.Generator().manual_seed(0)).tolist()
+    watched([0.0] + [-0.001] * 100)  # nor is little around nothing
+    watched([0.001] + [x + step / 100 for step, x in enumerate(noise)])
     with pytest.raises(UserError, match=r"fell from -0\.\d+ to -2\.3 by step 549"):
         watched(learning + [-2.3] * 100)
     with pytest.raises(UserError, match=r"to -4\.9e\+31 by step 49, and was -2\.3"):

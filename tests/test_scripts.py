@@ -25,11 +25,12 @@ from lab.training import Training
 BACKPROP, EGGROLL = "mnist_backprop.py", "mnist_eggroll.py"
 BOTH = pytest.mark.parametrize("script", [BACKPROP, EGGROLL])
 SMALL = (*SAMPLE, "--hidden-dim", "32", "--epochs", "2")
+PRICES = f"{ROOT / 'examples' / 'costly_confusion.py'}:minus_cost"
 STEPS = 28  # of an epoch: 3,500 digits in batches of 128
 KINDS = {
     "backprop": (BACKPROP,),
     "example members": (EGGROLL, "--population", "12"),
-    "smoothed accuracy": (EGGROLL, "--fitness", "accuracy", "--population", "12"),
+    "smoothed prices": (EGGROLL, "--fitness", PRICES, "--population", "12"),
     "batch members": (EGGROLL, "--members", "batch", "--population", "16"),
     "one-layer members": (
         EGGROLL,

@@ -78,8 +78,7 @@ class Line:
 
 
 A, B = Shape("a", "NRO", NOISE), Shape("b", "NRI", NOISE, slot=1)
-ROWS, SIGN_COLUMNS = Shape("rows", "PO", NOISE), Shape("d", "BO", NOISE, slot=1)
-U = Shape("u", "PB", NOISE, slot=1)
+A_ROWS, SIGN_COLUMNS = Shape("a", "PO", NOISE), Shape("d", "BO", NOISE, slot=1)
 ESTIMATE = Shape("g", "OI", NOISE, slot=1)
 
 UNPERTURBED = Line(
@@ -130,10 +129,10 @@ BATCH = (
     ),
 )
 EXAMPLE = (
-    Line("rows, d = noise(layer)", "orthogonal rows, random signs", (ROWS, SIGN_COLUMNS)),
-    Line("u = c · noise(key)", "random signs; c² = σ² · mean of |x|²", (U,)),
+    Line("a, d = noise(key)", "orthogonal rows ±c; random signs", (A_ROWS, SIGN_COLUMNS)),
+    Line("c² = σ² · mean of |x|²", "so that σ means what it does for batch members"),
     Line(
-        "y = y₀ + u · d · rows",
+        "y = y₀ + d · a",
         "in one layer; those before it are known",
         (Shape("y", "PBO", slot=1),),
     ),
@@ -147,9 +146,9 @@ EXAMPLE = (
         "against the unperturbed network",
         (Shape("change", "PB", slot=1),),
     ),
-    Line("u = c · noise(key)", "drawn again; rows and d are kept", (U,)),
+    Line("a, d = noise(key)", "d and all rows are kept for the step", (A_ROWS, SIGN_COLUMNS)),
     Line(
-        "δ = d · (change · u)ᵀ rows / (c² P)",
+        "δ = d · changeᵀ a / (c² P)",
         "gradient in what the layer writes",
         (Shape("δ", "BO", NOISE, slot=1),),
     ),

@@ -1,6 +1,7 @@
 """Fitness in integers: logits (P, B, C), int32 in units of 2^-FRACTION_BITS, to scores (P, B).
 
-Scores are int32 in units of 2^-FRACTION_BITS bits (`unit` says how many nats); higher is better.
+Scores are int32; `fitness_per_unit` says how many nats, or hits, one of their units is. Higher is
+better.
 """
 
 import math
@@ -17,14 +18,14 @@ POWER_BITS = 15  # of the powers of two that are summed
 CUBIC = (22_810, 7_358, 2_600)  # of 2^x for x from 0 to 1, in 2^-POWER_BITS
 SMOOTHING_PARTS = 256
 NOISE_BITS = 6  # 64 is about the standard deviation of uniform noise in -127..127
-DECAY_SHIFT = 8  # of logits, in units of a direction: OUTPUT_DECAY / tau
+DECAY_SHIFT = 1  # of logits in units of the noise: OUTPUT_DECAY in units of a direction
 DIRECTION_BITS = 4  # of a fraction: directions are seldom above 2
 
 
 class Int8Accuracy:
     """1 where the largest logit is the label's, else 0, in units of 2^-FRACTION_BITS."""
 
-    unit = 1 / UNIT
+    fitness_per_unit = 1 / UNIT
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(-1) == labels).int() << FRACTION_BITS
@@ -40,12 +41,12 @@ class Int8SmoothedAccuracy:
     Raises FitnessError for values that cannot be.
     """
 
-    unit = 1 / UNIT
+    fitness_per_unit = 1 / UNIT
 
     def __init__(self, tau: float, samples: int):
         check_smoothing(tau, samples)
         one = INT8_MAX / math.sqrt(3)  # standard deviation of the noise before it is shifted
-        self.shift = max(round(math.log2(tau / Int8CrossEntropy.unit / one)), 0)
+        self.shift = max(round(math.log2(tau / Int8CrossEntropy.fitness_per_unit / one)), 0)
         self.samples, self.least = samples, round(samples * LEAST_SHARE)
 
     def prepare(
@@ -62,7 +63,7 @@ class Int8SmoothedAccuracy:
         total = ((plus - minus).unsqueeze(-1) * noise).sum(0, dtype=torch.int32)
         scale = (plus + minus).sum(0, dtype=torch.int32) + self.least
         direction = rounded_division(total << DIRECTION_BITS, scale.clamp_min(1).unsqueeze(-1))
-        direction -= rounded_shift(logits, DECAY_SHIFT)
+        direction -= rounded_shift(logits, DECAY_SHIFT + self.shift)
         return (logits, direction), hits[0].int() << FRACTION_BITS
 
     def __call__(self, logits: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
@@ -83,7 +84,7 @@ class Int8CrossEntropy:
     Raises ValueError for a temperature that is no power of two.
     """
 
-    unit = math.log(2) / UNIT
+    fitness_per_unit = math.log(2) / UNIT
 
     def __init__(
         self,

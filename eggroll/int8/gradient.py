@@ -29,14 +29,13 @@ def perturbation_size(x: Tensor, sigma: float) -> Tensor:
 def layer_gradient(
     x: Tensor,  # (B, I) int8: what the layer reads
     change: Tensor,  # (P, B) int32: scores less the unperturbed network's
-    rows: Tensor,  # (P, O) int32 signs
-    u: Tensor,  # (P, B) int32: +- size
+    a: Tensor,  # (P, O) int32: +- size
     d: Tensor,  # (B, O) int32 signs
     size: Tensor,  # 0-d: a power of two
 ) -> Tensor:
     """Ascent direction (O, I), int32, of one layer: as in ExampleMembers, every product exact."""
-    signed = (change.clamp(-WIDE_MAX, WIDE_MAX) * u.sign()).t().contiguous()
-    total = wide_matmul(signed, rows.to(torch.int8)) * d  # (B, O)
-    delta = rounded_division(total.long() << DELTA_BITS, len(rows) * int(size))
+    change = change.clamp(-WIDE_MAX, WIDE_MAX).t().contiguous()
+    total = wide_matmul(change, a.sign().to(torch.int8)) * d  # (B, O)
+    delta = rounded_division(total.long() << DELTA_BITS, len(a) * int(size))
     delta = delta.clamp(-WIDE_MAX, WIDE_MAX).int()
     return wide_matmul(delta.t().contiguous(), x)
