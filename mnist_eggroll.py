@@ -102,9 +102,10 @@ class EvolutionFlags:
     fitness: FitnessName = "cross-entropy"
     """A function of your own: outputs (P, B, 10), labels (B,) -> scores (P, B) or (P,)."""
     smoothing: PresetFloat = None
-    """Noise on the outputs over which the fitness is smoothed, its standard deviation; 0 is off."""
+    """Noise on the outputs that smooths the fitness; 0 is off. Example members: 2, with
+    cross-entropy 0."""
     smoothing_samples: PresetInt = None
-    """Noisy copies of the outputs that are scored in each step."""
+    """Noisy copies of the outputs scored in a step: 256, or 1024 where the batch has one score."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
     shaping: preset_name("z-score", "centered-rank", "sign", "none") = None

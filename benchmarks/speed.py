@@ -51,7 +51,7 @@ from eggroll.int8 import INT8_SCALE, Int8CrossEntropy, Int8MLP, Int8SGD
 from eggroll.int8.arithmetic import int_matmul
 from eggroll.memory import keep_freed_memory
 from lab import cli, data
-from lab.cli import PathFlag, ThreadsFlag, TrainingFlags
+from lab.cli import IntFlag, PathFlag, TrainingFlags
 from lab.clock import synchronise
 from lab.divergence import FitnessWatch
 from lab.errors import UserError
@@ -84,7 +84,7 @@ class Config:
     """Batch members."""
     rounds: int = 20
     """Turns of everything."""
-    threads: ThreadsFlag = None
+    threads: IntFlag = None
     """CPU threads (default: torch's own choice, the cores)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to measure."""

@@ -36,7 +36,7 @@ BothWays = Annotated[bool | None, preset_arg("")]
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 PopulationFlag = Annotated[str | None, preset_arg("N|N+N+N")]
 FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
-ThreadsFlag = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+IntFlag = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RunFlags:
     """auto takes CUDA, then Apple's MPS, then the CPU."""
     backend: Literal["auto", "eager", "compile", "fused"] = "auto"
     """compile: torch.compile, captured as a graph on CUDA. fused: batch members on CUDA."""
-    threads: ThreadsFlag = None
+    threads: IntFlag = None
     """CPU threads (default: torch's own choice, the cores)."""
     out_dir: PathFlag = None
     """Folder for all that the run writes (default: a new one under results/runs)."""
@@ -192,13 +192,8 @@ def describe(purpose: str, presets: Mapping[str, Mapping[str, Any]]) -> str:
 
 def typed(config: Any) -> dict[str, Any]:
     """The flags that have another value than their default."""
-    groups = [getattr(config, group.name) for group in dataclasses.fields(config)]
-    return {
-        f.name: getattr(group, f.name)
-        for group in groups
-        for f in dataclasses.fields(group)
-        if getattr(group, f.name) != f.default
-    }
+    defaults = flat(type(config)())
+    return {name: value for name, value in flat(config).items() if value != defaults[name]}
 
 
 def check_effects(config: Any, rules: Sequence[Effect] = NO_EFFECT) -> None:

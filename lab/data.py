@@ -16,6 +16,7 @@ from lab.errors import UserError
 # torchvision's class for each, all in its layout: DIR/<class name>/raw/*-ubyte
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}
 SAMPLE = "mnist-sample"
+FILES = [(f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")]
 
 SPLIT_SEED = 20_251_116  # of the fixed permutation that the validation split is the end of
 VALIDATION = 5_000  # images; the sample, which has 4,000, gives an eighth
@@ -96,14 +97,8 @@ def load(name: str, data_dir: Path, device: torch.device, train_on_all: bool = F
     else:
         train = train[permutation[: len(train) - held_out]]
     mean, std = _pixel_statistics(train.images)
-    return Dataset(
-        name,
-        train.to(device),
-        validation.to(device),
-        test.to(device),
-        mean,
-        std,
-    )
+    parts = (part.to(device) for part in (train, validation, test))
+    return Dataset(name, *parts, mean, std)
 
 
 def _pixel_statistics(images: Tensor) -> tuple[float, float]:
@@ -157,30 +152,19 @@ def _torchvision(name: str, data_dir: Path) -> tuple[Split, Split]:
 
     kind = getattr(datasets, TORCHVISION[name])
     raw = data_dir / kind.__name__ / "raw"
-    try:
-        sets = [kind(str(data_dir), train=train) for train in (True, False)]
-    except RuntimeError as error:
-        if "not found" not in str(error):
-            raise _bad_file(raw, error) from error
-        sets = _download(kind, name, data_dir, raw)
-    except Exception as error:  # torchvision's reader asserts, and raises what NumPy raises
-        raise _bad_file(raw, error) from error
-    splits = [Split(s.data.reshape(len(s.data), -1), s.targets.long()) for s in sets]
-    for split in splits:
-        if split.images.shape[1:] != (784,) or len(split.images) != len(split.labels):
-            raise _bad_file(raw, ValueError("images and labels do not belong together"))
-        if not len(split) or split.labels.max() > 9:
-            raise _bad_file(raw, ValueError("no images, or labels beyond 9"))
-    return splits[0], splits[1]
+    if not all((raw / file).exists() for pair in FILES for file in pair):
+        _download(kind, name, data_dir, raw)
+    train, test = (_read_split(raw / images, raw / labels) for images, labels in FILES)
+    return train, test
 
 
-def _download(kind: type, name: str, data_dir: Path, raw: Path) -> list:
-    """Through torchvision's own download, which prints its progress."""
+def _download(kind: type, name: str, data_dir: Path, raw: Path) -> None:
+    """Through torchvision's own download, which prints its progress. Raises DataMissing."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     print(f"{name} is not in {data_dir}: downloading it", file=sys.stderr)
     try:
-        return [kind(str(data_dir), train=train, download=True) for train in (True, False)]
+        kind(str(data_dir), download=True)
     except Exception as error:  # network, disk, a mirror's HTML page
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataMissing(
@@ -192,30 +176,28 @@ def _download(kind: type, name: str, data_dir: Path, raw: Path) -> list:
         socket.setdefaulttimeout(before)
 
 
-def _bad_file(raw: Path, error: Exception) -> UserError:
-    """Find which of the four files cannot be read, and say so in one line."""
+def _read_split(images_path: Path, labels_path: Path) -> Split:
+    """A pair of files. Raises UserError that names the one that is damaged."""
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
-    for prefix in ("train", "t10k"):
-        counts = []
-        for ending, read in (("images-idx3", read_image_file), ("labels-idx1", read_label_file)):
-            path = raw / f"{prefix}-{ending}-ubyte"
-            try:
-                data = read(str(path))
-            except Exception as reason:
-                return UserError(_damaged(path, str(reason) or "it is no MNIST file"))
-            if ending.startswith("labels") and len(data) and data.max() > 9:
-                return UserError(_damaged(path, "it has labels beyond 9"))
-            if ending.startswith("images") and tuple(data.shape[1:]) != (28, 28):
-                return UserError(_damaged(path, f"its images are {tuple(data.shape[1:])}"))
-            counts.append(len(data))
-        if counts[0] != counts[1] or not counts[0]:
-            return UserError(
-                _damaged(path, f"it has {counts[1]:,} labels for {counts[0]:,} images")
-            )
-    return UserError(_damaged(raw, str(error)))
+    found = []
+    for path, read in ((images_path, read_image_file), (labels_path, read_label_file)):
+        try:
+            found.append(read(str(path)))
+        except Exception as error:  # torchvision's reader asserts, and raises what NumPy raises
+            raise _damaged(path, str(error) or "it is no MNIST file") from error
+    images, labels = found
+    if images.shape[1:] != (28, 28):
+        raise _damaged(images_path, f"its images are {tuple(images.shape[1:])}")
+    if len(labels) != len(images) or not len(labels):
+        raise _damaged(labels_path, f"it has {len(labels):,} labels for {len(images):,} images")
+    if labels.max() > 9:
+        raise _damaged(labels_path, "it has labels beyond 9")
+    return Split(images.flatten(1), labels.long())
 
 
-def _damaged(path: Path, reason: str) -> str:
+def _damaged(path: Path, reason: str) -> UserError:
     reason = " ".join(reason.split()).rstrip(".")
-    return f"{path} is damaged ({reason}): delete it to download it again, or copy it anew"
+    return UserError(
+        f"{path} is damaged ({reason}): delete it to download it again, or copy it anew"
+    )

@@ -48,17 +48,17 @@ STYLE = {
     "svg.fonttype": "none",
 }
 
+PASSES = "forward passes per image, all members counted (log scale)"
+ACCURACY_BY = {  # column of metrics.csv, label, whether its axis is logarithmic
+    "epoch": ("epoch", "epoch", False),
+    "seconds": ("train_seconds", "seconds of training (log scale)", True),
+    "forward_passes": ("forward_passes_per_image", PASSES, True),
+}
+
 LABEL_WIDTH, LABEL_HEIGHT = 0.13, 0.05  # of a label at a curve's end, in parts of the axes
 
 Rows = Sequence[Mapping[str, float]]
 Curves = Mapping[str, Sequence[Rows]]  # method -> one list of metrics.csv rows per seed
-
-
-# Columns that runs in int8 have, and what they are
-INTEGERS = {
-    "saturated_weights": "weights at the end of int8",
-    "weights_updated": "weights updated in a step",
-}
 
 
 def colour(method: str) -> str:
@@ -83,25 +83,12 @@ def draw_all(curves: Curves, summaries: Sequence[Mapping[str, Any]], folder: Pat
     """Every plot of one experiment; returns the files."""
     where = " + ".join(sorted({s["dataset"] for s in summaries}))
     with plt.rc_context(STYLE):
-        specifications = (
-            ("accuracy_by_epoch", "epoch", "epoch", False),
-            ("accuracy_by_seconds", "train_seconds", "seconds of training (log scale)", True),
-            (
-                "accuracy_by_forward_passes",
-                "forward_passes_per_image",
-                "forward passes per image, all members counted (log scale)",
-                True,
-            ),
-        )
         paths = []
-        for name, column, label, log in specifications:
+        for name, (column, label, log) in ACCURACY_BY.items():
             figure = accuracy_figure(curves, column, label, log, f"Test accuracy on {where}")
-            paths += save(figure, folder, name)
+            paths += save(figure, folder, f"accuracy_by_{name}")
         paths += save(fitness_figure(curves, f"Training fitness on {where}"), folder, "fitness")
         paths += save(cost_figure(summaries, where), folder, "time_and_memory")
-        integers = {m: seeds for m, seeds in curves.items() if "weights_updated" in seeds[0][-1]}
-        if integers:
-            paths += save(integer_figure(integers, where), folder, "int8")
     return paths
 
 
@@ -143,22 +130,6 @@ def fitness_figure(curves: Curves, title: str) -> Figure:
         title=title,
     )
     _legend_below(figure)
-    return figure
-
-
-def integer_figure(curves: Curves, where: str) -> Figure:
-    """What int8 loses by its narrow range, and how much of the network each step moves."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
-    for axes, (column, label) in zip(panels, INTEGERS.items(), strict=True):
-        for method, seeds in curves.items():
-            rows = [[row for row in one if row[column] is not None] for one in seeds]
-            x, y = _stack(rows, "epoch", column)
-            _band(axes, method, x, 100 * y, len(seeds))
-        axes.set(xlabel="epoch", title=label)
-        axes.set_ylim(0, None)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
-    figure.suptitle(f"Training in int8 on {where}", fontsize=14)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

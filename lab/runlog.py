@@ -138,7 +138,8 @@ class RunFolder:
         write_text(self.path / "config.json", json.dumps(record, indent=2) + "\n")
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        write_csv(self.path / "metrics.csv", rows, list(rows[0]))
+        columns = dict.fromkeys(key for row in rows for key in row)  # some begin after epoch 0
+        write_csv(self.path / "metrics.csv", rows, list(columns))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

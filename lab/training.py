@@ -213,7 +213,7 @@ class Training:
         self._say(epoch_line(row, epochs, lost if self.step else ()))
         if "train_accuracy" in row:
             self._ask_which_way_is_up()
-        self.folder.write_metrics(self._aligned_rows())
+        self.folder.write_metrics(self.rows)
 
     def _ask_which_way_is_up(self) -> None:
         """At the first evaluation: a loss handed in as a fitness would be raised, not lowered."""
@@ -233,11 +233,6 @@ class Training:
         return (members + 1) * self.step / self.steps_per_epoch
 
     # ---- files ----
-
-    def _aligned_rows(self) -> list[dict[str, Any]]:
-        """All rows with all columns: the method's own columns begin after epoch 0."""
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        return [{column: row.get(column, "") for column in columns} for row in self.rows]
 
     def _save(self, status: str) -> None:
         state = {

@@ -22,15 +22,7 @@ LAYERS = {  # what each part may import of the others
     "benchmarks": {"eggroll", "lab"},
     "examples": {"eggroll", "lab"},
 }
-PARTS = {
-    "eggroll",
-    "lab",
-    "visualizations",
-    "benchmarks",
-    "examples",
-    "mnist_backprop",
-    "mnist_eggroll",
-}
+PARTS = {*LAYERS, "mnist_backprop", "mnist_eggroll"}
 
 
 def imported(path):

@@ -38,17 +38,6 @@ def test_the_final_accuracy_of_each_method_is_written_beside_its_curve():
     plt.close(figure)
 
 
-def test_runs_in_int8_get_a_plot_of_what_saturates_and_moves():
-    rows = [
-        {"epoch": e, **dict.fromkeys(plots.INTEGERS, 0.01 * e if e else None)} for e in range(4)
-    ]
-    figure = plots.integer_figure({"eggroll-int8": [rows, rows]}, "mnist")
-    for axes, label in zip(figure.axes, plots.INTEGERS.values(), strict=True):
-        assert axes.get_title() == label
-        assert list(axes.lines[0].get_ydata()) == pytest.approx([1, 2, 3])
-    plt.close(figure)
-
-
 def test_a_method_has_one_colour_in_every_plot():
     assert plots.colour("eggroll") != plots.colour("backprop")
     assert plots.colour("another") == plots.colour("another")

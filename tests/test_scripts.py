@@ -273,6 +273,8 @@ BAD_FLAGS = [
     (BACKPROP, "--backend fused", "try compile"),
     (BACKPROP, "--epochs 0", "--epochs 0 is below 1"),
     (BACKPROP, "--threads 0", "--threads 0 is below 1"),
+    (BACKPROP, "--lr 0", "--lr 0.0 is not above 0"),
+    (BACKPROP, "--momentum=-1", "--momentum -1.0 is negative"),
     (BACKPROP, "--batch-size 5000", "--batch-size 5000 is more than"),
     (BACKPROP, "--device cuda", "try --device cpu"),
     (BACKPROP, "--resume", "--resume needs --out-dir"),
