@@ -21,11 +21,11 @@ from eggroll import (
     PopulationError,
     accuracy,
     cross_entropy,
+    fused,
     smoothed,
 )
 from eggroll.compiled import choose_backend
 from eggroll.fitness import Fitness
-from eggroll.fused import MAX_HIDDEN, MAX_RANK, triton
 from eggroll.int8 import (
     INT8_SCALE,
     Int8Accuracy,
@@ -253,7 +253,9 @@ def resolve(config: Config, device: torch.device) -> Config:
     config = cli.apply_preset(config, preset(config, device))
     flags = config.evolution
     if flags.dtype == "auto":
-        bfloat16 = flags.members == "batch" and has_bfloat16(device)
+        # a card's tensor cores take bfloat16 from compute capability 8.0 on
+        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        bfloat16 = flags.members == "batch" and capable
         flags = dataclasses.replace(flags, dtype="bfloat16" if bfloat16 else "float32")
         config = dataclasses.replace(config, evolution=flags)
     config = cli.resolve_run(config, backend_name(config, device))
@@ -261,25 +263,15 @@ def resolve(config: Config, device: torch.device) -> Config:
     return config
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a card's tensor cores take bfloat16: from compute capability 8.0 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def backend_name(config: Config, device: torch.device) -> str:
     """The backend of this run. Raises BackendError for one that cannot run here."""
-    flags, run, network = config.evolution, config.run, config.network
-    fits = device.type == "cuda" and method_name(config) == "eggroll-batch"
-    fits = fits and network.activation == "gelu" and network.hidden_dim <= MAX_HIDDEN
-    fits = fits and triton is not None and flags.antithetic and flags.rank <= MAX_RANK
-    if run.backend == "fused" and not fits:
-        raise BackendError("--backend fused is for batch members of the default network on CUDA")
-    if run.backend == "fused" or (run.backend == "auto" and fits):
-        return "fused"
+    name, flags = config.run.backend, config.evolution
+    if name == "auto" and device.type == "cuda" and fused.triton is not None:
+        if fused.fits(MLP(**cli.network_options(config)), make_members(flags)):
+            return "fused"
     images = 4_000 if config.data.dataset == data.SAMPLE else 60_000
     passes = config.training.epochs * images * sum(layer_counts(flags.population))
-    worth = device.type == "cuda" or passes > WORTH_COMPILING
-    return choose_backend(run.backend, device, worth=worth)
+    return choose_backend(name, device, worth=device.type == "cuda" or passes > WORTH_COMPILING)
 
 
 def make_fitness(config: Config, device: torch.device) -> Fitness:

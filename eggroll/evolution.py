@@ -123,6 +123,7 @@ class Evolution:
         inputs = self._follow_the_network(inputs)
         weights, biases = self.evolving.weights, self.evolving.biases
         calls, outputs = record(self.evaluated, weights, inputs)
+        outputs = _widened(outputs)
         keys = Keys(self.seed, self.step, self.device)
         labels, own = self._prepared(outputs, labels, keys)
         baseline = self._checked(self.fitness(outputs, labels), 1, len(inputs))[0]
@@ -240,7 +241,7 @@ class Evolution:
                 place = evolving.bias_index(bias)
                 return members.add(noise, len(of_layer) - 1, index, place, x, y)
 
-            outputs = forward(network, evolving.weights, known, add, inputs)
+            outputs = _widened(forward(network, evolving.weights, known, add, inputs))
             return outputs if fitness is None else fitness(outputs, labels)
 
         return score
@@ -256,10 +257,15 @@ class Evolution:
         def score(
             noise: dict[str, Tensor], known: list[Tensor], inputs: Tensor, labels: Any
         ) -> Tensor:
-            outputs = fused.mlp_forward(self.evaluated, noise, known[0], inputs[0])
+            outputs = _widened(fused.mlp_forward(self.evaluated, noise, known[0], inputs[0]))
             return outputs if fitness is None else fitness(outputs, labels)
 
         return score
+
+
+def _widened(outputs: Tensor) -> Tensor:
+    """Of a forward in few bits the outputs in float32: members differ by little."""
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
 
 
 def _is_own(fitness: Fitness) -> bool:

@@ -264,7 +264,7 @@ BAD_FLAGS = [
     (EGGROLL, "--members batch --rank 0", "--rank 0 is below 1"),
     (EGGROLL, "--sigma 0", "--sigma 0.0 is not above 0"),
     (EGGROLL, "--shaping z-score", "try none, sign"),
-    (EGGROLL, "--backend fused", "--backend fused is for batch members"),
+    (EGGROLL, "--backend fused", "backend fused is for antithetic batch members"),
     (EGGROLL, "--fitness acuracy", "--fitness acuracy is not known"),
     (EGGROLL, "--dtype int8 --fitness own.py:f", "is not for --dtype int8 (try accuracy)"),
     (EGGROLL, "--chunk-size=-1", "--chunk-size -1 is negative"),
