@@ -23,16 +23,13 @@ class Keys:
     step: int
     device: torch.device
 
-    def generator(self, parameter: int, block: int = 0, *, shared: bool = False) -> torch.Generator:
+    def generator(self, parameter: int, block: int = 0) -> torch.Generator:
         """A fresh generator for one block of members of one parameter.
 
-        parameter  position among the evolving parameters
-        shared     for what all blocks of the parameter have in common (`block` is then 0)
+        parameter  position among the evolving parameters; beyond them, what is no parameter's
         """
-        generator = torch.Generator(self.device)
-        return generator.manual_seed(
-            generator_seed(self.seed, self.step, parameter, block, int(shared))
-        )
+        seed = generator_seed(self.seed, self.step, parameter, block)
+        return torch.Generator(self.device).manual_seed(seed)
 
 
 def generator_seed(seed: int, step: int, parameter: int, block: int, what: int = 0) -> int:
