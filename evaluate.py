@@ -15,7 +15,7 @@ from eggroll import MLP
 from eggroll.int8 import INT8_SCALE, Int8MLP
 from lab import cli, data, user_fitness
 from lab.cli import DataFlags, PathFlag
-from lab.evaluation import measure
+from lab.evaluation import logits_of, measure
 from lab.network import start_from
 
 
@@ -58,12 +58,9 @@ def main() -> None:
         print(f"fitness {mean_fitness(config.fitness, network, digits):.6g}: {config.fitness}")
 
 
-@torch.no_grad()
 def mean_fitness(name: str, network: nn.Module, digits: data.Dataset) -> float:
     """A user's fitness of the network on the whole test set, or its mean over the images."""
-    outputs = network(digits.scale(digits.test.images)).unsqueeze(0)
-    if isinstance(network, Int8MLP):
-        outputs = outputs * network.nats_per_logit
+    outputs = logits_of(network, digits, digits.test).unsqueeze(0)
     return user_fitness.load(name)(outputs, digits.test.labels).float().mean().item()
 
 

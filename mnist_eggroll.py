@@ -266,10 +266,10 @@ def resolve(config: Config, device: torch.device) -> Config:
 def backend_name(config: Config, device: torch.device) -> str:
     """The backend of this run. Raises BackendError for one that cannot run here."""
     name, flags = config.run.backend, config.evolution
-    can_fuse = device.type == "cuda" and fused.triton is not None
-    network, members = MLP(**cli.network_options(config)), make_members(flags)
-    if name == "auto" and can_fuse and fused.fits(network, members):
-        return "fused"
+    if name == "auto" and device.type == "cuda" and fused.triton is not None:
+        network = MLP(**cli.network_options(config))
+        if fused.fits(network, make_members(flags)):
+            return "fused"
     images = 4_000 if config.data.dataset == data.SAMPLE else 60_000
     passes = config.training.epochs * images * sum(layer_counts(flags.population))
     return choose_backend(name, device, worth=device.type == "cuda" or passes > WORTH_COMPILING)

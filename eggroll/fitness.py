@@ -128,9 +128,7 @@ def _not_zero(spread: Tensor) -> Tensor:
     return spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
-def smoothed(fitness: Fitness, tau: float = 2.0, samples: int = 256) -> Smoothed:
-    """`fitness` as a score for every example that every small change moves: see Smoothed."""
-    return Smoothed(fitness, tau, samples)
+smoothed = Smoothed  # as it reads where it wraps a fitness
 
 
 def check_smoothing(tau: float, samples: int) -> None:

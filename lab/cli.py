@@ -136,7 +136,6 @@ ABOUT_THIS_CALL = ("out_dir", "resume", "overwrite", "quiet", "print_config")
 FREE_ON_RESUME = (*ABOUT_THIS_CALL, "data_dir", "device", "chunk_size", "init_from")
 
 AT_LEAST_ONE = ("epochs", "batch_size", "hidden_dim", "eval_every", "rank", "threads")
-AT_LEAST_ONE += ("smoothing_samples",)
 ABOVE_ZERO = ("lr", "sigma", "temperature")
 NOT_NEGATIVE = ("momentum", "weight_decay", "seed", "chunk_size", "smoothing")
 PART_OF_ONE = ("label_smoothing",)

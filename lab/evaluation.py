@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lab.data import Dataset, Split
@@ -43,14 +43,20 @@ def evaluate(network: nn.Module, data: Dataset) -> tuple[dict[str, float | str],
 
 
 @torch.no_grad()
+def logits_of(network: nn.Module, data: Dataset, split: Split) -> Tensor:
+    """Logits of a split, (n, 10), in nats."""
+    logits = network(data.scale(split.images))
+    # an integer network says what its units are worth
+    return logits if logits.is_floating_point() else logits * network.nats_per_logit
+
+
+@torch.no_grad()
 def measure(network: nn.Module, data: Dataset, split: Split) -> Quality:
     """Accuracy, and mean cross-entropy in nats, over one split."""
     nats, answers = 0.0, []
     for start in range(0, len(split), BATCH):
         part = split[slice(start, start + BATCH)]
-        logits = network(data.scale(part.images))
-        if not logits.is_floating_point():  # an integer network says what its units are worth
-            logits = logits * network.nats_per_logit
+        logits = logits_of(network, data, part)
         answers.append(logits.argmax(-1))
         nats += F.cross_entropy(logits, part.labels, reduction="sum").item()
     right = (torch.cat(answers) == split.labels).double()

@@ -129,8 +129,8 @@ BATCH = (
     ),
 )
 EXAMPLE = (
-    Line("a, d = noise(key)", "orthogonal rows ±c; random signs", (A_ROWS, SIGN_COLUMNS)),
     Line("c² = σ² · mean of |x|²", "so that σ means what it does for batch members"),
+    Line("a, d = noise(layer)", "orthogonal rows ±c; random signs", (A_ROWS, SIGN_COLUMNS)),
     Line(
         "y = y₀ + d · a",
         "in one layer; those before it are known",
@@ -146,7 +146,7 @@ EXAMPLE = (
         "against the unperturbed network",
         (Shape("change", "PB", slot=1),),
     ),
-    Line("a, d = noise(key)", "d and all rows are kept for the step", (A_ROWS, SIGN_COLUMNS)),
+    Line("a, d", "kept since evaluate, for the step", (A_ROWS, SIGN_COLUMNS)),
     Line(
         "δ = d · changeᵀ a / (c² P)",
         "gradient in what the layer writes",
@@ -158,13 +158,13 @@ EXAMPLE = (
         (ESTIMATE,),
     ),
 )
-LISTINGS = (  # name, remark, lines, and which of them draws what is drawn again
+LISTINGS = (  # name, remark, lines, and which draws what is drawn again
     ("BatchMembers", "each sees the whole batch and perturbs all layers; P in a step", BATCH, 0),
     (
         "ExampleMembers",
         "each sees one example and perturbs one layer; P per example and layer",
         EXAMPLE,
-        1,
+        None,
     ),
 )
 EVALUATE = 4  # lines of a listing that belong to evaluate; the others belong to backward
@@ -191,7 +191,8 @@ def draw() -> Figure:
         heights = evaluate + backward
         for line, middle in zip(lines, heights, strict=True):
             _line(axes, line, left, middle)
-        _same_noise(axes, left + COLUMN, heights[first_draw], heights[SECOND_DRAW])
+        if first_draw is not None:
+            _same_noise(axes, left + COLUMN, heights[first_draw], heights[SECOND_DRAW])
     between = COLUMNS[1] - 0.2
     axes.plot([between, between], [evaluate[0] + 0.4, backward[-1] - 0.4], color="#cccccc", lw=1.5)
     _letters(axes)
@@ -257,7 +258,7 @@ def _same_noise(axes: Axes, corner: float, first: float, second: float) -> None:
 def _letters(axes: Axes) -> None:
     key = (
         "key = (seed, step, parameter, block), layer = (seed, step, parameter): "
-        "along the dashed lines the key is kept, not the noise"
+        "along the dashed line the key is kept, not the noise"
     )
     text = "      ".join(f"{letter}  {meaning}" for letter, meaning in LETTERS.items())
     write(axes, WIDTH / 2, 0.78, key, SMALL, color=POSITIVE)
