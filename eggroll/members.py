@@ -22,7 +22,8 @@ from torch import Tensor
 
 from eggroll import int8
 from eggroll.fitness import SHAPINGS
-from eggroll.noise import Keys, gaussian, most_rows, orthogonal_rows, signs
+from eggroll.moved import MovedUnits, spread
+from eggroll.noise import Keys, gaussian, most_rows, orthogonal_rows, row_units, signs
 from eggroll.seam import Call
 
 # Members per block on an accelerator, which wants few launches; a CPU wants activations that stay
@@ -285,7 +286,7 @@ class ExampleMembers(_Members):
     shaping: str = "none"
 
     by_example: ClassVar[bool] = True  # one score per member and example
-    cpu_block: ClassVar[int] = 64
+    cpu_block: ClassVar[int] = 128
 
     def __post_init__(self):
         self._check(("none", "sign"))
@@ -314,20 +315,24 @@ class ExampleMembers(_Members):
     # ---- what a member adds ----
 
     def shared(self, step: Step, layer: int) -> dict[str, Tensor]:
-        """Noise of a layer, drawn once a step. For its k-th call a{k} (N, ..., O): all rows of a
-        Hadamard matrix in random order, each with a random sign in each call and position, times
-        the perturbation's size c{k}; and random column signs of each example, d{k} (B, ..., O)."""
+        """Noise of a layer, drawn once a step. N orthogonal rows, each of the signs of one block
+        of units: blocks (N,). For the layer's k-th call s{k} (N, 1, ..., G), those signs; the size
+        of a move, c{k}; and random signs of each example's units, d{k} (B, ..., O)."""
         if layer in step.shared:
             return step.shared[layer]
         generator, outputs = step.keys.generator(layer), len(step.weights[layer])
-        calls, noise = _calls_of(step, layer), {}
+        calls = _calls_of(step, layer)
         dtype = calls[0].y.dtype
-        rows = orthogonal_rows(outputs, generator, dtype)
+        count = dict(self.counts([len(weight) for weight in step.weights]))[layer]
+        size = row_units(outputs, count // self._signs)
+        rows, blocks = orthogonal_rows(outputs, size, generator, dtype)
+        noise = {"blocks": blocks}
         for k, call in enumerate(calls):
             positions = call.y.shape[2:-1]
-            xi = signs((len(rows), *positions, 1), generator, dtype)
-            noise[f"c{k}"] = self._size(call)
-            noise[f"a{k}"] = rows.view(len(rows), *[1] * len(positions), -1) * xi * noise[f"c{k}"]
+            own = rows.view(len(rows), *[1] * (len(positions) + 1), -1)
+            if positions or len(calls) > 1:  # one score speaks for all of them: tell them apart
+                own = own * signs((len(rows), 1, *positions, 1), generator, dtype)
+            noise |= {f"s{k}": own, f"c{k}": self._size(call)}
             noise[f"d{k}"] = signs(call.y.shape[1:], generator, dtype)
         step.shared[layer] = noise
         return noise
@@ -346,11 +351,20 @@ class ExampleMembers(_Members):
         shared, noise = self.shared(step, blocks[0].layer), {}
         start = blocks[0].number * self.block_size(step.keys.device) // self._signs
         stop = start + sum(map(len, blocks)) // self._signs
+        noise["blocks"] = shared["blocks"][start:stop]
+        if self.antithetic:
+            noise["blocks"] = noise["blocks"].repeat_interleave(2)
         for k in range(len(_calls_of(step, blocks[0].layer))):
-            a = shared[f"a{k}"][start:stop]
-            a = torch.stack([a, -a], 1).flatten(0, 1) if self.antithetic else a
-            noise |= {f"a{k}": a, f"d{k}": shared[f"d{k}"]}
+            own = shared[f"s{k}"][start:stop]
+            own = torch.stack([own, -own], 1).flatten(0, 1) if self.antithetic else own
+            noise |= {f"s{k}": own, f"c{k}": shared[f"c{k}"], f"d{k}": shared[f"d{k}"]}
         return noise
+
+    @staticmethod
+    def rows(noise: dict[str, Tensor], call: int) -> Tensor:
+        """A without the examples' signs, (P, 1, ..., O): moves in their places, 0 elsewhere."""
+        units = noise[f"d{call}"].shape[-1]
+        return spread(noise[f"s{call}"], noise["blocks"], units) * noise[f"c{call}"]
 
     def add(
         self,
@@ -362,7 +376,11 @@ class ExampleMembers(_Members):
         y: Tensor,  # (P, B, ..., O) or (1, B, ..., O): the unperturbed product
     ) -> Tensor:
         """y plus each member's term, d a, (P, B, ..., O)."""
-        return torch.addcmul(y, noise[f"d{call}"], noise[f"a{call}"].unsqueeze(1))
+        everywhere = noise[f"s{call}"].shape[-1] >= y.shape[-1]  # few units: all of them move
+        if everywhere or len(y) > 1 or torch.compiler.is_compiling():
+            return torch.addcmul(y, noise[f"d{call}"], self.rows(noise, call))
+        move = noise[f"d{call}"] * noise[f"c{call}"]
+        return MovedUnits(torch.cat([y, y + move, y - move]), noise[f"s{call}"], noise["blocks"])
 
     # ---- what its score says ----
 
@@ -385,12 +403,13 @@ class ExampleMembers(_Members):
                 size = step.shared[layer][f"c{k}"]
                 if self.shaping == "sign":
                     own = own.sign() * size
+                per_unit = self._per_unit(noise, call.y.shape[-1])
                 if call.x.dtype == torch.int8:
-                    parts = (noise[f"a{k}"], noise[f"d{k}"], size)
-                    on_weights[layer] = int8.layer_gradient(call.x, own, *parts)
+                    args = (self.rows(noise, k), noise[f"d{k}"], size, per_unit)
+                    on_weights[layer] = int8.layer_gradient(call.x, own, *args)
                     continue
-                parts = (noise[f"a{k}"], noise[f"d{k}"], size)
-                delta = self._delta(own, *(part.to(own.dtype) for part in parts))
+                args = (self.rows(noise, k), noise[f"d{k}"], size.square() * per_unit)
+                delta = self._delta(own, *(arg.to(own.dtype) for arg in args))
                 x = call.x.reshape(len(delta), -1).to(own.dtype)
                 on_weights[layer].addmm_(delta.T, x, alpha=1 / scores.shape[1])
                 for bias, total in zip(step.biases, on_biases, strict=True):
@@ -398,11 +417,18 @@ class ExampleMembers(_Members):
                         total.add_(delta.sum(0), alpha=1 / scores.shape[1])
         return on_weights, on_biases
 
-    def _delta(self, change: Tensor, a: Tensor, d: Tensor, size: Tensor) -> Tensor:
+    @staticmethod
+    def _per_unit(noise: dict[str, Tensor], outputs: int) -> Tensor | int:
+        """How many members move each unit: (O,), or the same number for all."""
+        blocks, size = noise["blocks"], noise["s0"].shape[-1]
+        whole, cut = divmod(len(blocks), -(-outputs // size))
+        return torch.bincount(blocks).repeat_interleave(size)[:outputs] if cut else whole
+
+    def _delta(self, change: Tensor, a: Tensor, d: Tensor, unit: Tensor) -> Tensor:
         """Derivative of each example's fitness in each of its rows of outputs, (B * ..., O)."""
-        # size 0, a batch of blanks, gives a gradient of 0
-        unit = (size.square() * len(a)).clamp_min(torch.finfo(size.dtype).tiny)
-        on_outputs = (change.T @ a.flatten(1) / unit).view_as(d)
+        # 0 where nothing moves, as with a batch of blanks, and gives a gradient of 0
+        unit = unit.clamp_min(torch.finfo(unit.dtype).tiny)
+        on_outputs = (change.T @ a.flatten(1)).view_as(d) / unit
         return (on_outputs * d).flatten(0, -2)
 
 

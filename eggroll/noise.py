@@ -13,6 +13,8 @@ from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of SplitMix64
 _MASK = (1 << 64) - 1
+# Fewer make the next layer's product cheaper, which 16 leave at the cost of writing its result
+ROW_UNITS = 16
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,36 @@ def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     return (2 * bits - 1).to(device, dtype)
 
 
-def orthogonal_rows(outputs: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """All rows of a Hadamard matrix in random order, cut to `outputs` columns: signs, (N, O).
+def orthogonal_rows(
+    outputs: int, size: int, generator: torch.Generator, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Orthogonal rows that each have signs for one block of `size` neighbouring units: signs
+    (N, size), and blocks (N,). The last block may reach beyond the outputs.
 
-    The rows are orthogonal where `outputs` is a power of two; the columns of all N rows always are.
+    The first rows are one row of a Hadamard matrix for each block, in random order of the blocks;
+    the next are another row of it.
     """
-    matrix = hadamard(most_rows(outputs), generator.device, dtype)
-    order = torch.randperm(len(matrix), generator=generator, device=generator.device)
-    return matrix.index_select(0, order)[:, :outputs]
+    device, parts = generator.device, -(-outputs // size)
+    order = torch.randperm(size, generator=generator, device=device)
+    rows = hadamard(size, device, dtype).index_select(0, order)
+    blocks = torch.randperm(parts, generator=generator, device=device)
+    return (
+        rows.unsqueeze(1).expand(size, parts, size).reshape(-1, size),
+        blocks.expand(size, parts).reshape(-1),
+    )
+
+
+def row_units(outputs: int, rows: int) -> int:
+    """Units that an orthogonal row moves, where there are so many rows: ROW_UNITS, or as many more
+    as let all units be moved by one of them; a power of two."""
+    fewest = max(min(ROW_UNITS, outputs), -(-outputs // rows))
+    return 1 << (fewest - 1).bit_length()
 
 
 def most_rows(outputs: int) -> int:
-    """Rows of the Hadamard matrix for so many outputs: the next power of two."""
-    return 1 << (outputs - 1).bit_length()
+    """Orthogonal rows for so many outputs: a full set for each block."""
+    size = row_units(outputs, outputs)
+    return size * -(-outputs // size)
 
 
 @lru_cache(maxsize=8)

@@ -65,10 +65,11 @@ def example_perturbations(evolution: Evolution, block: Block) -> Callable[[int, 
     that is called once, and reads one row per example. With a bias x is followed by a 1."""
     step, names = evolution._last, _names(evolution.evaluated)
     noise = evolution.members.draw(step, [block])
+    rows = evolution.members.rows(noise, 0)
     (call,) = [call for call in step.calls if call.index == block.layer]
 
     def perturbation(member: int, example: int) -> Parameters:
-        moved, x = noise["a0"][member] * noise["d0"][example], call.x[example]
+        moved, x = rows[member, 0] * noise["d0"][example], call.x[example]
         size = x.square().sum() + (call.bias is not None)
         found = {names[id(step.weights[block.layer])]: torch.outer(moved, x) / size}
         return found if call.bias is None else found | {names[id(call.bias)]: moved / size}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from eggroll.moved import MovedUnits, formed
+
 # (call number, position of the weight, bias, what the layer reads, its unperturbed product)
 Visit = Callable[[int, int, Tensor | None, Tensor, Callable[[], Tensor]], Tensor]
 
@@ -40,9 +42,10 @@ class Perturbed(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            return self.linear(
-                named["input"], named["weight"], named.get("bias"), lambda: func(*args, **kwargs)
-            )
+            x, weight, bias = named["input"], named["weight"], named.get("bias")
+            if isinstance(x, MovedUnits):
+                return self.linear(x, weight, bias, lambda: x.linear(weight, bias))
+            return self.linear(x, weight, bias, lambda: func(*args, **kwargs))
         return func(*args, **kwargs)
 
 
@@ -58,6 +61,8 @@ def linear(
     `computes(x, weight, bias)` is what the layer does by itself, (..., O). Members perturb what it
     multiplies by, so the estimate is that of the multiplied matrix (straight-through).
     """
+
+    x = formed(x)
 
     def product() -> Tensor:
         return computes(x, weight, bias)
@@ -117,4 +122,4 @@ def forward(
         y = known[call].expand(len(inputs), *known[call].shape[1:])
         return add(call, index, bias, x, y.clone())
 
-    return through(network, weights, visit, inputs)
+    return formed(through(network, weights, visit, inputs))

@@ -120,7 +120,7 @@ def test_the_listing_of_example_members_computes_what_the_code_computes(small_ne
     evolution.backward(scores)
 
     noise = members.draw(step, evolution.blocks[-1:])
-    a, d = noise["a0"], noise["d0"]
+    a, d = members.rows(noise, 0).squeeze(1), noise["d0"]
     c = members.sigma * call.x.square().sum(-1).mean().sqrt()
     torch.testing.assert_close(a.abs(), c.expand_as(a))
     y = call.y + d * a[:, None]

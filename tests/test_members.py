@@ -19,6 +19,7 @@ from eggroll import (
     reference,
 )
 from eggroll.members import share
+from eggroll.moved import spread
 
 MNIST = (256, 256, 10)  # outputs of the experiment's layers
 
@@ -231,10 +232,14 @@ def test_signs_are_balanced_and_uncorrelated():
     assert abs(drawn.mean()) < 0.02 and correlation.abs().max() < 0.15
 
 
-@pytest.mark.parametrize("outputs", [8, 10, 256])
-def test_orthogonal_rows_are_a_permutation_of_a_hadamard_matrix(outputs):
-    rows = noise.orthogonal_rows(outputs, torch.Generator().manual_seed(0), torch.float32)
-    size = noise.most_rows(outputs)
+@pytest.mark.parametrize(("outputs", "members"), [(5, 5), (8, 3), (10, 4), (40, 7), (256, 48)])
+def test_orthogonal_rows_are_hadamard_matrices_down_the_diagonal(outputs, members):
+    size = noise.row_units(outputs, members)
+    generator = torch.Generator().manual_seed(0)
+    drawn, blocks = noise.orthogonal_rows(outputs, size, generator, torch.float32)
+    assert len(drawn) >= noise.most_rows(outputs) >= outputs
+    rows = spread(drawn, blocks, outputs)
     assert torch.equal(rows.T @ rows, size * torch.eye(outputs))
-    if outputs == size:
+    if outputs % size == 0:
         assert torch.equal(rows @ rows.T, size * torch.eye(outputs))
+    assert rows[:members].any(0).all()  # as few as they are, they move all units

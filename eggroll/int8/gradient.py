@@ -29,13 +29,14 @@ def perturbation_size(x: Tensor, sigma: float) -> Tensor:
 def layer_gradient(
     x: Tensor,  # (B, I) int8: what the layer reads
     change: Tensor,  # (P, B) int32: scores less the unperturbed network's
-    a: Tensor,  # (P, O) int32: +- size
+    a: Tensor,  # (P, 1, O) int32: +- size, or 0
     d: Tensor,  # (B, O) int32 signs
     size: Tensor,  # 0-d: a power of two
+    per_unit: Tensor | int,  # members that move each unit: (O,), or the same number for all
 ) -> Tensor:
     """Ascent direction (O, I), int32, of one layer: as in ExampleMembers, every product exact."""
     change = change.clamp(-WIDE_MAX, WIDE_MAX).t().contiguous()
-    total = wide_matmul(change, a.sign().to(torch.int8)) * d  # (B, O)
-    delta = rounded_division(total.long() << DELTA_BITS, len(a) * int(size))
+    total = wide_matmul(change, a.squeeze(1).sign().to(torch.int8)) * d  # (B, O)
+    delta = rounded_division(total.long() << DELTA_BITS, per_unit * int(size))
     delta = delta.clamp(-WIDE_MAX, WIDE_MAX).int()
     return wide_matmul(delta.t().contiguous(), x)
