@@ -25,6 +25,7 @@ from eggroll import (
     smoothed,
 )
 from eggroll.compiled import choose_backend
+from eggroll.dtypes import bfloat16_pays
 from eggroll.fitness import Fitness
 from eggroll.int8 import (
     INT8_SCALE,
@@ -79,7 +80,8 @@ BY_ACTIVATION = {
     "argmax-k": JUMPS | {"population": "96+96+16"},
     "int8-round": {"sigma": 0.01},
 }
-# Forward passes of one example through one member beyond which compiling pays on a CPU
+# Examples that batch members see beyond which compiling pays on a CPU; example members are faster
+# without
 WORTH_COMPILING = 100_000_000
 
 
@@ -253,9 +255,7 @@ def resolve(config: Config, device: torch.device) -> Config:
     config = cli.apply_preset(config, preset(config, device))
     flags = config.evolution
     if flags.dtype == "auto":
-        # a card's tensor cores take bfloat16 from compute capability 8.0 on
-        capable = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        bfloat16 = flags.members == "batch" and capable
+        bfloat16 = flags.members == "batch" and bfloat16_pays(device)
         flags = dataclasses.replace(flags, dtype="bfloat16" if bfloat16 else "float32")
         config = dataclasses.replace(config, evolution=flags)
     config = cli.resolve_run(config, backend_name(config, device))
@@ -272,7 +272,10 @@ def backend_name(config: Config, device: torch.device) -> str:
             return "fused"
     images = 4_000 if config.data.dataset == data.SAMPLE else 60_000
     passes = config.training.epochs * images * sum(layer_counts(flags.population))
-    return choose_backend(name, device, worth=device.type == "cuda" or passes > WORTH_COMPILING)
+    long = flags.members == "batch" and passes > WORTH_COMPILING
+    # of integers the kernels take less than a second to compile
+    worth = device.type == "cuda" or flags.dtype == "int8" or long
+    return choose_backend(name, device, worth=worth)
 
 
 def make_fitness(config: Config, device: torch.device) -> Fitness:

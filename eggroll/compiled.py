@@ -34,6 +34,7 @@ class Compiled:
             raise BackendError(f"backend {backend!r} is not known (try {' or '.join(BACKENDS)})")
         self.function, self.backend = function, choose_backend(backend, device, worth=True)
         self.shapes: tuple | None = None
+        self.failed = False  # to compile, and runs eagerly
         if backend == "compile":
             # reduce-overhead is torch's name for captured graphs
             mode = "reduce-overhead" if device.type == "cuda" else None
@@ -62,7 +63,7 @@ class Compiled:
             warnings.warn(
                 f"torch.compile failed, going on with backend eager ({reason})", stacklevel=2
             )
-            self.backend = "eager"
+            self.backend, self.failed = "eager", True
             return result
 
 

@@ -20,6 +20,7 @@ from eggroll import fused
 from eggroll.compiled import BackendError, Compiled
 from eggroll.evolving import find_evolving, inspect, positions
 from eggroll.fitness import Fitness, check_finite, check_scores
+from eggroll.int8 import kernels
 from eggroll.members import (
     BatchMembers,
     Block,
@@ -43,8 +44,9 @@ class Evolution:
     members     BatchMembers or ExampleMembers
     seed        keys all noise, with the step
     chunk_size  members evaluated at once, in whole blocks: memory and speed, never a result
-    backend     "eager", "compile" (a fitness from elsewhere runs eagerly with either), or on CUDA
-                "fused", for antithetic batch members of the package's MLP
+    backend     "eager", "compile" (a fitness from elsewhere runs eagerly with either; integers have
+                kernels of their own on a CPU), or on CUDA "fused", for antithetic batch members of
+                the package's MLP
     dtype       of the population's forward where it is not the network's own: members then perturb
                 a copy, and the estimate goes to the network
 
@@ -83,8 +85,21 @@ class Evolution:
         if self._backend == "fused":
             self._scorers[None] = Compiled(self._fused_scorer(), "eager", self.device)
             return
+        backend = self._backend
+        if backend == "compile" and weights[0].dtype == torch.int8 and self.device.type == "cpu":
+            backend = self._use_kernels()
         for layer, _ in self.counts:
-            self._scorers[layer] = Compiled(self._scorer(layer), self._backend, self.device)
+            self._scorers[layer] = Compiled(self._scorer(layer), backend, self.device)
+
+    def _use_kernels(self) -> str:
+        """Compile the loops of integer training; the backend of everything between them."""
+        if failed := kernels.compile_kernels():
+            self._backend = "eager"
+            warnings.warn(
+                f"the int8 kernels did not compile, going on with backend eager ({failed})",
+                stacklevel=2,
+            )
+        return "eager"
 
     # ---- what there is to know ----
 
@@ -101,8 +116,8 @@ class Evolution:
     @property
     def backend(self) -> str:
         """The backend in use: eager where the compiler failed."""
-        failed = any(scorer.backend == "eager" for scorer in self._scorers.values())
-        return "eager" if failed and self._backend == "compile" else self._backend
+        failed = any(scorer.failed for scorer in self._scorers.values())
+        return "eager" if failed else self._backend
 
     @property
     def mean_fitness(self) -> Tensor:

@@ -405,8 +405,8 @@ class ExampleMembers(_Members):
                     own = own.sign() * size
                 per_unit = self._per_unit(noise, call.y.shape[-1])
                 if call.x.dtype == torch.int8:
-                    args = (self.rows(noise, k), noise[f"d{k}"], size, per_unit)
-                    on_weights[layer] = int8.layer_gradient(call.x, own, *args)
+                    drawn = (noise[f"s{k}"], noise["blocks"], noise[f"d{k}"], size, per_unit)
+                    on_weights[layer] = int8.layer_gradient(call.x, own, *drawn)
                     continue
                 args = (self.rows(noise, k), noise[f"d{k}"], size.square() * per_unit)
                 delta = self._delta(own, *(arg.to(own.dtype) for arg in args))
@@ -418,11 +418,10 @@ class ExampleMembers(_Members):
         return on_weights, on_biases
 
     @staticmethod
-    def _per_unit(noise: dict[str, Tensor], outputs: int) -> Tensor | int:
-        """How many members move each unit: (O,), or the same number for all."""
-        blocks, size = noise["blocks"], noise["s0"].shape[-1]
-        whole, cut = divmod(len(blocks), -(-outputs // size))
-        return torch.bincount(blocks).repeat_interleave(size)[:outputs] if cut else whole
+    def _per_unit(noise: dict[str, Tensor], outputs: int) -> Tensor:
+        """How many members move each unit, (O,)."""
+        size = noise["s0"].shape[-1]
+        return torch.bincount(noise["blocks"]).repeat_interleave(size)[:outputs]
 
     def _delta(self, change: Tensor, a: Tensor, d: Tensor, unit: Tensor) -> Tensor:
         """Derivative of each example's fitness in each of its rows of outputs, (B * ..., O)."""

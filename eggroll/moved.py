@@ -9,7 +9,7 @@ times in place of once per member, and the next layer multiplies only what has m
 Any other operation gets the members' tensor, formed. Nothing else knows: see `MovedUnits`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,8 +29,6 @@ class MovedUnits(Tensor):
     signs   (P, 1, ..., G): +1 up or -1 down, of the G units of a member's block
     blocks  (P,): which G neighbouring units those are
     """
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, states: Tensor, signs: Tensor, blocks: Tensor):
@@ -52,7 +50,13 @@ class MovedUnits(Tensor):
             self.whole = torch.where(signs == 0, before, torch.where(signs > 0, up, down))
         return self.whole
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function that works on each unit by itself, at once for all three states."""
+        if self.whole is None:
+            return MovedUnits(function(self.states), self.signs, self.blocks)
+        return function(self.whole)
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear of it, (P, B, ..., K)."""
         if self.whole is not None:
             return F.linear(self.whole, weight, bias)
@@ -72,6 +76,13 @@ class MovedUnits(Tensor):
         """Of weight (K, O), those that each member's block meets: (P, G, K)."""
         rows = in_blocks(weight, self.signs.shape[-1]).flatten(1).t().contiguous()
         return rows.view(-1, self.signs.shape[-1], len(weight)).index_select(0, self.blocks)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear and isinstance(args[0], MovedUnits):
+            return args[0].linear(*args[1:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

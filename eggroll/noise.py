@@ -101,10 +101,7 @@ def orthogonal_rows(
     order = torch.randperm(size, generator=generator, device=device)
     rows = hadamard(size, device, dtype).index_select(0, order)
     blocks = torch.randperm(parts, generator=generator, device=device)
-    return (
-        rows.unsqueeze(1).expand(size, parts, size).reshape(-1, size),
-        blocks.expand(size, parts).reshape(-1),
-    )
+    return rows.unsqueeze(1).expand(size, parts, size).reshape(-1, size), blocks.repeat(size)
 
 
 def row_units(outputs: int, rows: int) -> int:

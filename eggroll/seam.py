@@ -8,11 +8,12 @@ nn.Module and stays as it is.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 
-from eggroll.moved import MovedUnits, formed
+from eggroll.moved import formed
 
 # (call number, position of the weight, bias, what the layer reads, its unperturbed product)
 Visit = Callable[[int, int, Tensor | None, Tensor, Callable[[], Tensor]], Tensor]
@@ -42,10 +43,9 @@ class Perturbed(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            x, weight, bias = named["input"], named["weight"], named.get("bias")
-            if isinstance(x, MovedUnits):
-                return self.linear(x, weight, bias, lambda: x.linear(weight, bias))
-            return self.linear(x, weight, bias, lambda: func(*args, **kwargs))
+            return self.linear(
+                named["input"], named["weight"], named.get("bias"), lambda: func(*args, **kwargs)
+            )
         return func(*args, **kwargs)
 
 
@@ -62,12 +62,15 @@ def linear(
     multiplies by, so the estimate is that of the multiplied matrix (straight-through).
     """
 
-    x = formed(x)
-
     def product() -> Tensor:
         return computes(x, weight, bias)
 
-    return _active[-1].linear(x, weight, bias, product) if _active else product()
+    if not _active:
+        return product()
+    if torch.compiler.is_compiling():
+        return _active[-1].linear(x, weight, bias, product)
+    with _pop_mode_temporarily():  # as inside of __torch_function__: no call in here is for it
+        return _active[-1].linear(x, weight, bias, product)
 
 
 def through(network: nn.Module, weights: Sequence[Tensor], visit: Visit, inputs: Tensor) -> Tensor:

@@ -162,8 +162,9 @@ def parse(config_type: type[Config], description: str, args: Sequence[str] | Non
         if config.run.out_dir is None:
             raise UserError("--resume needs --out-dir, the folder of the run to go on with")
         saved = read_saved_config(config.run.out_dir)
-        # both change bits, and what auto means may have changed since
-        kept = [f"--{name}={saved['flags'][name]}" for name in ("backend", "threads")]
+        # they change bits, and what auto means may have changed since
+        names = saved["flags"].keys() & {"backend", "threads", "dtype"}
+        kept = [f"--{name}={saved['flags'][name]}" for name in sorted(names)]
         config = _tyro(config_type, description, [*saved["command"], *kept, *words])
     check_effects(config)
     return config

@@ -19,6 +19,7 @@ from eggroll.int8 import (
     Int8SGD,
     Int8SmoothedAccuracy,
     arithmetic,
+    kernels,
 )
 from eggroll.int8.arithmetic import (
     WIDE_MAX,
@@ -199,14 +200,55 @@ def test_one_vote_per_member_points_along_the_gradient():
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 64}, {"backend": "compile"}])
-def test_neither_chunks_nor_compilation_change_a_bit(options):
+def test_neither_chunks_nor_compilation_change_a_bit(options, monkeypatch):
     members = ExampleMembers((16, 16, 8), sigma=2**-6)
     found = []
     for own in ({}, options):
+        monkeypatch.setattr(kernels, "_library", None)
         network, evolution, inputs, labels = small(members, **own)
         scores = evolution.evaluate(inputs, labels)
         evolution.backward(scores)
         found.append([scores, *(layer.weight.ascent for layer in network.layers)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("sizes", [(21, 40, 7), (30, 700, 3), (784, 256, 10)])
+@pytest.mark.parametrize(
+    "members",
+    [
+        ExampleMembers((9, 20, 3), sigma=2**-6),
+        ExampleMembers((2, 40, 4), sigma=0.7, antithetic=True, shaping="sign"),
+    ],
+)
+def test_the_kernels_compute_the_same_bits_as_torch(sizes, members, monkeypatch):
+    """Scores, ascent directions, and what the optimizer makes of them."""
+    inputs, labels = int8(33, sizes[0]), torch.randint(0, sizes[2], (33,))
+    found = []
+    for backend in ("eager", "compile"):
+        monkeypatch.setattr(kernels, "_library", None)
+        network = Int8MLP(MLP(*sizes, seed=1))
+        fitness = Int8CrossEntropy(2, 0.1, classes=sizes[2])
+        evolution = Evolution(network, fitness, members, backend=backend)
+        optimizer = Int8SGD(network, lr=0.3, examples=33)
+        for _ in range(3):
+            scores = evolution.evaluate(inputs, labels)
+            evolution.backward(scores)
+            optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        found.append([scores, *states, *(layer.weight for layer in network.layers)])
+        assert (kernels._library is not None) == (backend == "compile")
+    assert all(map(torch.equal, *found))
+
+
+def test_a_rate_that_needs_more_bits_is_followed_too(monkeypatch):
+    found = []
+    for backend in ("eager", "compile"):
+        monkeypatch.setattr(kernels, "_library", None)
+        network, evolution, inputs, labels = small(backend=backend)
+        optimizer = Int8SGD(network, lr=50.0, examples=4)
+        evolution.backward(evolution.evaluate(inputs, labels))
+        optimizer.step()
+        found.append([layer.weight.clone() for layer in network.layers])
     assert all(map(torch.equal, *found))
 
 

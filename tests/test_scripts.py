@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import re
 import resource
 import signal
@@ -81,7 +82,8 @@ def test_a_run_leaves_its_files(kind, tmp_path):
     done = train(kind, folder)
     config = read_json(folder / "config.json")
     assert config["flags"]["hidden_dim"] == 32 and config["flags"]["lr"] > 0
-    assert config["flags"]["backend"] == "eager" and config["flags"]["threads"] == 1
+    expected = "compile" if "int8" in kind and shutil.which("g++") else "eager"
+    assert (config["flags"]["backend"], config["flags"]["threads"]) == (expected, 1)
     assert {"python", "torch"} <= set(config["versions"])
     summary = read_json(folder / "summary.json")
     assert tuple(summary) == SUMMARY_KEYS
@@ -388,7 +390,8 @@ def test_a_fitness_that_collapses_stops_the_run(tmp_path):
     assert read_json(tmp_path / "summary.json")["status"] == "failed"
 
 
-def test_a_broken_compiler_costs_a_line_and_the_run_goes_on_eagerly(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_broken_compiler_costs_a_line_and_the_run_goes_on_eagerly(dtype, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("g++", "c++", "clang++"):
@@ -396,7 +399,8 @@ def test_a_broken_compiler_costs_a_line_and_the_run_goes_on_eagerly(tmp_path):
         (tools / name).chmod(0o755)
     env = {"PATH": f"{tools}:{os.environ['PATH']}", "CXX": str(tools / "g++")}
     env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    flags = (*SMALL, "--population", "12", "--backend", "compile", "--out-dir", tmp_path / "run")
+    flags = (*SMALL, "--population", "12", "--backend", "compile", "--dtype", dtype)
+    flags = (*flags, "--out-dir", tmp_path / "run")
     done = run_script(EGGROLL, *flags, env=env)
     assert done.returncode == 0, done.stderr
     warnings = done.stderr.splitlines()

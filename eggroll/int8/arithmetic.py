@@ -59,7 +59,7 @@ def wide_matmul(x: Tensor, y: Tensor) -> Tensor:
 
 def rounded_shift(x: Tensor, bits: int) -> Tensor:
     """x / 2^bits, to nearest, halves upwards. Without the half, every shift would lower its sum."""
-    return (x + (1 << bits >> 1)) >> bits
+    return (x + (1 << bits >> 1)) >> bits if bits else x
 
 
 def rounded_division(x: Tensor, divisor: int | Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eggroll.fitness import LEAST_SHARE, check_smoothing
+from eggroll.int8 import kernels
 from eggroll.int8.arithmetic import INT8_MAX, rounded_division, rounded_shift
 from eggroll.int8.network import FRACTION_BITS
 
@@ -100,6 +101,8 @@ class Int8CrossEntropy:
         self.classes, self.logarithms = classes, _logarithms(device, classes)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if kernels.available(logits):
+            return self._compiled(logits, labels)
         # classes first: vector units then work along examples, of which there are many
         logits = logits.movedim(-1, 0).contiguous() >> self.shift
         top = logits.amax(0)
@@ -113,6 +116,16 @@ class Int8CrossEntropy:
             others = logits.sum(0, dtype=torch.int32) - self.classes * chosen
             chosen = chosen + self.smoothing * others // (SMOOTHING_PARTS * self.classes)
         return chosen - total
+
+    def _compiled(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The same in one pass."""
+        logits, out = logits.contiguous(), logits.new_empty(logits.shape[:-1])
+        constants = (self.shift, FRACTION_BITS, POWER_BITS, self.smoothing, SMOOTHING_PARTS)
+        tables = (self.logarithms, torch.tensor(CUBIC, dtype=torch.int32))
+        kernels.call(
+            "log_likelihood", logits, labels.contiguous(), *tables, *logits.shape, *constants, out
+        )
+        return out
 
 
 def power_of_two(x: Tensor) -> Tensor:

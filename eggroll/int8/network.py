@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eggroll import seam
+from eggroll.int8 import kernels
 from eggroll.int8.arithmetic import (
     INT8_MAX,
     clipped,
@@ -14,10 +15,12 @@ from eggroll.int8.arithmetic import (
     rounded_shift,
 )
 from eggroll.model import MLP
+from eggroll.moved import MovedUnits
 
 INT8_SCALE = 16  # the int8 value of a real 1
 FRACTION_BITS = 12  # products are in units of 2^-FRACTION_BITS
 COARSE_SHIFT = FRACTION_BITS - (INT8_SCALE.bit_length() - 1)  # from there to int8
+GATE_SHIFT = (4 * INT8_SCALE).bit_length() - 1
 
 
 class Int8Linear(nn.Linear):
@@ -32,6 +35,8 @@ class Int8Linear(nn.Linear):
         if layer.bias is not None:
             raise ValueError("int8 layers have no bias")
         self.divisor = round(math.sqrt(layer.in_features))
+        common = math.gcd(16, self.divisor)
+        self.factor, self.quotient = 16 // common, self.divisor // common
         stored = (layer.weight.detach() * (INT8_SCALE * self.divisor)).round()
         stored = stored.clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
         self.weight = nn.Parameter(stored, requires_grad=False)
@@ -47,9 +52,20 @@ class Int8Linear(nn.Linear):
         The sum is in units of 1 / (INT8_SCALE^2 divisor), which 2^FRACTION_BITS / INT8_SCALE^2 = 16
         makes fine. Nothing overflows below 8,000 inputs.
         """
+        if isinstance(x, MovedUnits) and x.whole is None and kernels.available(weight):
+            return self._product_of_moved(x, weight)
         total = int_matmul(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
-        common = math.gcd(16, self.divisor)
-        return rounded_division(total * (16 // common), self.divisor // common)
+        return rounded_division(total * self.factor, self.quotient)
+
+    def _product_of_moved(self, x: MovedUnits, weight: Tensor) -> Tensor:
+        """The same, multiplying only what has moved."""
+        signs = x.signs.squeeze(1).contiguous()
+        unmoved = int_matmul(x.states[0], weight.t())
+        out = unmoved.new_empty(len(x), *unmoved.shape)
+        parts = (x.states, signs, x.blocks, weight, unmoved)
+        sizes = (*x.shape, signs.shape[1], len(weight))
+        kernels.call("moved_product", *parts, *sizes, self.factor, self.quotient, out)
+        return out
 
 
 class Int8MLP(nn.Module):
@@ -75,9 +91,15 @@ def activation(x: Tensor) -> Tensor:
     """int32 in units of 2^-FRACTION_BITS, rounded to int8 and passed through an integer GELU:
     x * clip(x + 2, 0, 4) / 4, a parabola between -2 and 2, 0 below and x above.
 
-    Shift, clip and product are one loop when compiled; a table of 256 entries is a gather, which
-    vector units do badly.
+    A table of 256 entries would be a gather, which vector units do badly.
     """
+    if isinstance(x, MovedUnits):
+        return x.mapped(activation)
+    if kernels.available(x):
+        x = x.contiguous()
+        out = torch.empty_like(x, dtype=torch.int8)
+        kernels.call("activate", x, x.numel(), COARSE_SHIFT, INT8_SCALE, GATE_SHIFT, out)
+        return out
     x = clipped(rounded_shift(x, COARSE_SHIFT))
     gate = (x + 2 * INT8_SCALE).clamp(0, 4 * INT8_SCALE)
-    return rounded_shift(x * gate, (4 * INT8_SCALE).bit_length() - 1).to(torch.int8)
+    return rounded_shift(x * gate, GATE_SHIFT).to(torch.int8)

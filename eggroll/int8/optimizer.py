@@ -11,10 +11,12 @@ votes           weights move by +-1 where the direction is largest, the fraction
 """
 
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eggroll.int8 import kernels
 from eggroll.int8.arithmetic import INT8_MAX, rounded_shift
 from eggroll.int8.gradient import DELTA_BITS
 from eggroll.int8.network import Int8Linear, Int8MLP
@@ -70,6 +72,9 @@ class Int8SGD(torch.optim.Optimizer):
         group = self.param_groups[0]
         for layer in self.layers:
             state = self.state[layer.weight]
+            if self.update == "error-feedback" and kernels.available(layer.weight):
+                state["updated"] += follow(layer, state, group)
+                continue
             direction = averaged(state["momentum"], layer.weight.ascent, group["momentum"])
             if self.update == "votes":
                 step = top_signs(direction, group["lr"])
@@ -99,6 +104,16 @@ class Int8SGD(torch.optim.Optimizer):
             "saturated_weights": round(full / weights, 6),
             "weights_updated": round(updated / weights / max(steps, 1), 6),
         }
+
+
+def follow(layer: Int8Linear, state: dict[str, Tensor], group: dict[str, Any]) -> int:
+    """A step with error feedback in one pass; how many weights it updated."""
+    weight = layer.weight
+    momentum = round(group["momentum"] * (1 << MOMENTUM_BITS)), MOMENTUM_BITS
+    rate = feedback_rate(layer, group["lr"], group["examples"]), RATE_BITS, RESIDUAL_BITS
+    memory, residual = state["momentum"], state["residual"]
+    sizes = (weight.numel(), *momentum, *rate)
+    return kernels.call("follow", weight.ascent.contiguous(), *sizes, memory, residual, weight)
 
 
 def averaged(memory: Tensor, direction: Tensor, momentum: float) -> Tensor:
