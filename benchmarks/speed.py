@@ -9,12 +9,15 @@ backprop         the step as mnist_backprop.py takes it, from batch to batch: 12
 example-float32  the same loop with example members in place of the gradient
 example-int8     ... in integers
 batch-float32    ... with batch members
+batch-bfloat16   the same, its forward in bfloat16, where that pays
 
-A floor is what the method cannot do without, at the best of a few chunk sizes, in this same run:
+A floor is what a method costs at least, at the best of a few chunk sizes, in this same run:
     backprop  its matrix products: forward, and two per layer backward but for the first's inputs
-    example   GELU and the products of the layers after the perturbed one; of int8 the products
-              alone, since no kernel of its GELU is there to be timed
-    batch     GELU and the second and third layer's products for all members, and the noise, once
+    example   GELU and the products of the layers after the perturbed one, for every member by
+              itself: a step can be below, since members share most of it (eggroll/moved.py). Of
+              int8 the products alone
+    batch     GELU and the second and third layer's products for all members, and the noise, once;
+              in float32
 
 Everything is timed in turn, after a warm-up that also compiles. A turn is as many steps as fill
 50 ms; the figures are the median and the deciles of a step's mean time over the turns.
@@ -47,6 +50,8 @@ from eggroll import (
     PopulationError,
     cross_entropy,
 )
+from eggroll.compiled import choose_backend
+from eggroll.dtypes import bfloat16_pays
 from eggroll.int8 import INT8_SCALE, Int8CrossEntropy, Int8MLP, Int8SGD
 from eggroll.int8.arithmetic import int_matmul
 from eggroll.memory import keep_freed_memory
@@ -68,6 +73,7 @@ COLUMNS = ("what", "backend", "population", "step_seconds", "p10", "p90", "floor
 COLUMNS += ("ratio_to_floor", "ratio_to_backprop", "device", "torch", "commit")
 COLOURS = {BARE: "backprop", "backprop": "backprop", "example-float32": "eggroll"}
 COLOURS |= {"example-int8": "eggroll-int8", "batch-float32": "eggroll-batch"}
+COLOURS |= {"batch-bfloat16": "eggroll-batch"}
 
 Work = Callable[[], Any]
 
@@ -78,7 +84,7 @@ class Config:
 
     backend: Literal["eager", "compile", "fused"] = "eager"
     """compile adds compiled rows to the eager ones, fused (CUDA) batch members' kernel too."""
-    example_population: tuple[int, int, int] = (48, 64, 16)
+    example_population: tuple[int, int, int] = (96, 128, 16)
     """Example members of each layer that see each image: by default those of the preset."""
     batch_population: int = 1_000
     """Batch members."""
@@ -159,9 +165,11 @@ def backprop(digits: data.Dataset) -> Work:
     return step
 
 
-def evolve(loop: Loop, fitness: Any, members: Any, backend: str) -> Work:
+def evolve(
+    loop: Loop, fitness: Any, members: Any, backend: str, dtype: torch.dtype | None = None
+) -> Work:
     """Raises BackendError where the compiler failed: an eager step must not pass for another."""
-    evolution = Evolution(loop.network, fitness, members, backend=backend)
+    evolution = Evolution(loop.network, fitness, members, backend=backend, dtype=dtype)
 
     def step() -> None:
         images, labels = loop.batch()
@@ -183,24 +191,31 @@ def steps(config: Config, device: torch.device) -> dict[tuple[str, str], Work]:
     smoothing, example = TRAINING.label_smoothing, ExampleMembers(config.example_population)
     work = {(BARE, "eager"): bare_backprop(digits), ("backprop", "eager"): backprop(digits)}
     for backend in ("eager",) if config.backend == "eager" else ("eager", "compile"):
+        work["batch-float32", backend] = batch_step(config, digits, backend)
+        if bfloat16_pays(device):
+            few = batch_step(config, digits, backend, torch.bfloat16)
+            work["batch-bfloat16", backend] = few
         network = MLP().to(device)
         loop = Loop(network, make_optimizer(network, TRAINING), digits)
         fitness = cross_entropy(1.0, smoothing)
         work["example-float32", backend] = evolve(loop, fitness, example, backend)
-        network = Int8MLP(MLP()).to(device)
-        loop = Loop(network, Int8SGD(network, TRAINING.lr), integers)
-        fitness = Int8CrossEntropy(1, smoothing, device)
-        work["example-int8", backend] = evolve(loop, fitness, example, backend)
-        work["batch-float32", backend] = batch_step(config, digits, backend)
+    network = Int8MLP(MLP()).to(device)
+    loop = Loop(network, Int8SGD(network, TRAINING.lr), integers)
+    fitness = Int8CrossEntropy(1, smoothing, device)
+    backend = choose_backend("auto", device, worth=True)  # as the script has it
+    work["example-int8", backend] = evolve(loop, fitness, example, backend)
     if config.backend == "fused":
         work["batch-float32", "fused"] = batch_step(config, digits, "fused")
     return work
 
 
-def batch_step(config: Config, digits: data.Dataset, backend: str) -> Work:
+def batch_step(
+    config: Config, digits: data.Dataset, backend: str, dtype: torch.dtype | None = None
+) -> Work:
     network = MLP().to(digits.train.labels.device)
     loop = Loop(network, make_optimizer(network, TRAINING), digits)
-    return evolve(loop, cross_entropy(2.0), BatchMembers(config.batch_population), backend)
+    members = BatchMembers(config.batch_population)
+    return evolve(loop, cross_entropy(2.0), members, backend, dtype=dtype)
 
 
 # ---- floors ----
@@ -286,6 +301,7 @@ def floors(config: Config, device: torch.device) -> dict[str, Work]:
         "example-float32": best_members_floor(float_layers(device), (first, second), x),
         "example-int8": best_members_floor(int8_layers(device), (first, second), integers),
         "batch-float32": lambda: (batch(), draw()),
+        "batch-bfloat16": lambda: (batch(), draw()),
     }
 
 
@@ -357,7 +373,7 @@ def draw_plot(rows: list[dict[str, Any]], path: Path) -> list[Path]:
             label = f"{ratio:.3g} times, {1_000 * row['step_seconds']:.3g} ms"
             shift = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(label, (max(ratio, floor), place), **shift)
-        axes.plot([], [], color="black", linewidth=2.5, label="floor: what cannot be avoided")
+        axes.plot([], [], color="black", linewidth=2.5, label="floor: every member by itself")
         compiled = {"eager": "", "compile": ", compiled", "fused": ", fused"}
         axes.set_yticks(range(len(rows)), [r["what"] + compiled[r["backend"]] for r in rows])
         axes.invert_yaxis()

@@ -4,9 +4,9 @@ import csv
 import errno
 import json
 import os
-import shutil
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,11 +158,14 @@ GROUPS = [
     ("batch members", "--rank 3 --bias --shaping centered-rank --population 64"),
     ("batch members", "--fitness accuracy --shaping sign --sigma 0.05 --population 64"),
     ("batch members", "--shaping none --no-antithetic --population 63 --lr 0.005"),
-    ("batch members", "--optimizer adam --lr 0.003 --temperature 1.5 --population 64"),
+    (
+        "batch members",
+        "--optimizer adam --lr 0.003 --fitness cross-entropy --temperature 1.5 --population 64",
+    ),
     ("batch members", "--dtype bfloat16 --population 64"),
     ("one-layer members", "--rank 2 --population 96 --lr 0.03"),
     ("int8", "--fitness accuracy --antithetic --population 48 --sigma 0.05"),
-    ("int8", "--momentum 0.5 --lr-schedule linear --temperature 2"),
+    ("int8", "--momentum 0.5 --lr 0.05 --lr-schedule linear --temperature 2"),
 ]
 
 
@@ -386,6 +389,7 @@ def test_divergence_is_named_and_keeps_the_last_checkpoint(tmp_path):
 def test_a_fitness_that_collapses_stops_the_run(tmp_path):
     """At this rate the weights blow up, and every number stays finite."""
     flags = ("--lr", "3", "--lr-schedule", "constant", "--epochs", "8")
+    flags = (*flags, "--fitness", "cross-entropy")
     assert_one_line(train("batch members", tmp_path, *flags, code=2), "diverged: the fitness fell")
     assert read_json(tmp_path / "summary.json")["status"] == "failed"
 

@@ -130,7 +130,7 @@ BATCH = (
 )
 EXAMPLE = (
     Line("c² = σ² · mean of |x|²", "so that σ means what it does for batch members"),
-    Line("a, d = noise(layer)", "orthogonal rows ±c; random signs", (A_ROWS, SIGN_COLUMNS)),
+    Line("a, d = noise(layer)", "±c for 16 units, else 0; random signs", (A_ROWS, SIGN_COLUMNS)),
     Line(
         "y = y₀ + d · a",
         "in one layer; those before it are known",
@@ -148,8 +148,8 @@ EXAMPLE = (
     ),
     Line("a, d", "kept since evaluate, for the step", (A_ROWS, SIGN_COLUMNS)),
     Line(
-        "δ = d · changeᵀ a / (c² P)",
-        "gradient in what the layer writes",
+        "δ = d · changeᵀ a / (c² m)",
+        "m members move each unit",
         (Shape("δ", "BO", NOISE, slot=1),),
     ),
     Line(
