@@ -93,14 +93,15 @@ class Smoothed:
 
     def _of_examples(self, scores: Tensor) -> Tensor:
         """Advantages of the noisy copies, (K, B): the sum over all levels of score of how far a
-        copy that reaches one raises the log of the share that do; of hits (F - mean) / mean."""
+        copy that reaches one raises the log of the share that do, times the root of the gap below
+        it (a price of 50 must not move outputs 50 times as far); of hits (F - mean) / mean."""
         ordered, order = scores.t().contiguous().sort(1)  # (B, K)
         spread = ordered[:, -1] - ordered[:, 0]
-        typical = spread.sum() / (spread > 0).sum().clamp_min(1)
+        typical = torch.where(spread > 0, spread, torch.nan).nanmedian().nan_to_num(0.0)
         faded = torch.lerp(self.spread, typical, FADING)
         self.spread = torch.where(typical > 0, torch.maximum(faded, typical), self.spread)
         reached = torch.arange(len(scores) - 1, 0, -1, device=scores.device) / len(scores)
-        levels = ordered.diff(dim=1) / (reached + LEAST_SHARE) / _not_zero(self.spread)
+        levels = (ordered.diff(dim=1) / _not_zero(self.spread)).sqrt() / (reached + LEAST_SHARE)
         utility = F.pad(levels.cumsum(1), (1, 0))
         utility -= utility.mean(1, keepdim=True)
         return torch.empty_like(utility).scatter_(1, order, utility).t()

@@ -209,10 +209,10 @@ def test_macro_f1_is_the_mean_of_the_classes_f1():
     torch.testing.assert_close(macro_f1(logits, labels), expected)
 
 
-def test_a_4_for_a_9_costs_as_much_as_five_other_mistakes():
+def test_a_4_for_a_9_costs_as_much_as_fifty_other_mistakes():
     minus_cost = load(str(ROOT / "examples" / "costly_confusion.py") + ":minus_cost")
     logits = torch.eye(10)[torch.tensor([[4, 9, 3, 4]])]
-    assert minus_cost(logits, torch.tensor([9, 4, 3, 1])).tolist() == [[-5, -1, 0, -1]]
+    assert minus_cost(logits, torch.tensor([9, 4, 3, 1])).tolist() == [[-50, -1, 0, -1]]
 
 
 def test_even_digits_alone_count():
