@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from eggroll import MLP, BackendError
 from eggroll.compiled import Compiled, choose_backend
-from lab import cli, data
+from lab import cli, data, processes
 from lab.cli import SharedConfig
 from lab.optim import make_optimizer
 from lab.training import Training
@@ -68,6 +68,7 @@ def train(config: Config, device: torch.device) -> None:
 
 
 def main() -> None:
+    processes.only_one("mnist_backprop.py")
     config = cli.parse(Config, cli.describe(__doc__, {METHOD: PRESET | {"epochs": EPOCHS["full"]}}))
     device = cli.resolve_device(config.run.device)
     config = resolve(config, device)

@@ -36,7 +36,7 @@ from eggroll.int8 import (
     Int8SmoothedAccuracy,
 )
 from eggroll.memory import keep_freed_memory
-from lab import cli, data, user_fitness
+from lab import cli, data, processes, user_fitness
 from lab.cli import (
     BothWays,
     FitnessName,
@@ -357,7 +357,8 @@ def build(
 
 def train(config: Config, device: torch.device) -> None:
     """One run, from the data to its files."""
-    digits = data.load_for(config.data, device)
+    processes.join(device)
+    digits = processes.first_then_all(lambda: data.load_for(config.data, device))
     if config.evolution.dtype == "int8":
         digits = data.quantised(digits, INT8_SCALE)
     network, optimizer, evolution = build(config, device)

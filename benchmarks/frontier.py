@@ -38,14 +38,14 @@ SETTINGS = {  # two for every method, chosen before the trials
     "backprop": (("--lr", "0.1"), ("--lr", "0.2")),
     "eggroll": (
         ("--population", "96+128+16", "--lr", "0.1"),
-        ("--population", "256+256+16", "--lr", "0.1"),
+        ("--population", "128+128+16", "--lr", "0.14"),
     ),
     "eggroll-int8": (
         ("--population", "96+128+16", "--lr", "0.04"),
-        ("--population", "256+256+16", "--lr", "0.06"),
+        ("--population", "128+128+16", "--lr", "0.06"),
     ),
 }
-LENGTHS = (1, 2, 3, 5, 8)  # epochs
+LENGTHS = (1, 2, 3, 4, 6)  # epochs
 REACHED = (97.5, 98.0, 98.3)  # percent of the test set
 COLUMNS = ("method", "epochs", "settings", "seeds", "seconds", "test_accuracy", "spread")
 COLUMNS += ("validation_accuracy", "device", "torch", "commit")

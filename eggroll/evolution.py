@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eggroll import fused
+from eggroll import distributed, fused
 from eggroll.compiled import BackendError, Compiled
 from eggroll.evolving import find_evolving, inspect, positions
 from eggroll.fitness import Fitness, check_finite, check_scores
@@ -50,6 +50,9 @@ class Evolution:
     dtype       of the population's forward where it is not the network's own: members then perturb
                 a copy, and the estimate goes to the network
 
+    Where torch.distributed has a process group, its processes share the members' evaluation, and
+    all make the same update; a fitness from elsewhere is asked by the first alone.
+
     Raises PopulationError for a population that cannot be and a network without nn.Linear, and on
     the first batch for a network that folds the leading axis; BackendError.
     Source: Algorithm 1 of arXiv 2511.16652.
@@ -70,7 +73,7 @@ class Evolution:
         self.evolving = find_evolving(self.evaluated)
         self.device = self.evolving.weights[0].device
         size = members.block_size(self.device)
-        self.blocks_at_once = max(1, (chunk_size or size) // size)
+        self.blocks_at_once = max(1, (chunk_size or members.chunk_size(self.device)) // size)
         self.step = 0
         self.expand: bool | None = None  # known from the first batch
         self._scorers: dict[int | None, Compiled] = {}
@@ -82,6 +85,10 @@ class Evolution:
         weights = self.evolving.weights
         self.counts = self.members.counts([len(weight) for weight in weights])
         self.blocks = make_blocks(self.counts, self.members.block_size(self.device))
+        outputs = [len(weight) for weight in weights]
+        self.shares = distributed.share_out(
+            self.blocks, lambda block: self.members.cost(block, outputs), distributed.count()
+        )
         if self._backend == "fused":
             self._scorers[None] = Compiled(self._fused_scorer(), "eager", self.device)
             return
@@ -141,14 +148,22 @@ class Evolution:
         outputs = _widened(outputs)
         keys = Keys(self.seed, self.step, self.device)
         labels, own = self._prepared(outputs, labels, keys)
-        baseline = self._checked(self.fitness(outputs, labels), 1, len(inputs))[0]
+        asked = distributed.from_first if self._asks_elsewhere else _call
+        baseline = asked(lambda: self.fitness(outputs, labels))
+        baseline = self._checked(baseline, 1, len(inputs))[0]
         self._own_scores = baseline if own is None else own
         step = self._last = Step(keys, weights, biases, calls, baseline)
+        found = outputs if self._asks_elsewhere and distributed.count() > 1 else baseline[None]
         # one tensor for all: a small one left by each chunk would lie in the space of the next
-        scores = baseline.new_empty(self.population, *baseline.shape)
-        for blocks in grouped(self.blocks, self.blocks_at_once):
+        scores = found.new_zeros(self.population, *found.shape[1:])
+        for blocks in grouped(self.shares[distributed.rank()], self.blocks_at_once):
             own = scores[blocks[0].start : blocks[-1].stop]
             own.copy_(self._score(step, blocks, inputs, labels))
+        distributed.gather(scores)
+        if found is outputs:  # of the members: one process asks for all
+            members = scores
+            scores = distributed.from_first(lambda: self.fitness(members, labels))
+            scores = self._checked(scores, self.population, len(inputs))
         check_finite(scores, self.step)
         return scores
 
@@ -213,7 +228,21 @@ class Evolution:
         if not hasattr(self.fitness, "prepare"):
             return labels, None
         place = len(self.evolving.weights) + len(self.evolving.biases)  # after the parameters
-        return self.fitness.prepare(outputs[0], labels, keys.generator(place))
+        generator = keys.generator(place)
+        if distributed.count() == 1 or _is_own(getattr(self.fitness, "fitness", self.fitness)):
+            return self.fitness.prepare(outputs[0], labels, generator)
+
+        def ask() -> Any:
+            return self.fitness.prepare(outputs[0], labels, generator), self.state_dict()
+
+        prepared, state = distributed.from_first(ask)
+        self.load_state_dict(state)
+        return prepared
+
+    @property
+    def _asks_elsewhere(self) -> bool:
+        """Whether members' outputs are scored by a function that is not the package's."""
+        return not _is_own(self.fitness)
 
     def _score(self, step: Step, blocks: list[Block], inputs: Tensor, labels: Any) -> Tensor:
         """Scores of the members of some blocks of one layer, (P,) or (P, B)."""
@@ -224,7 +253,9 @@ class Evolution:
         known = step.calls[: 1 if layer is None else order.index(layer) + 1]
         seen = inputs.expand(members if self.expand else 1, *inputs.shape)
         found = self._scorers[layer](noise, [call.y for call in known], seen, labels)
-        if not _is_own(self.fitness):
+        if self._asks_elsewhere:
+            if distributed.count() > 1:
+                return found  # the outputs: the first process asks for all members
             found = self.fitness(found, labels)
         return self._checked(found, members, len(inputs))
 
@@ -281,6 +312,10 @@ class Evolution:
 def _widened(outputs: Tensor) -> Tensor:
     """Of a forward in few bits the outputs in float32: members differ by little."""
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def _is_own(fitness: Fitness) -> bool:

@@ -94,6 +94,7 @@ class _Members:
     antithetic: bool
     shaping: str
     cpu_block: ClassVar[int]
+    cpu_chunk: ClassVar[int] = 0
 
     @property
     def _signs(self) -> int:
@@ -103,6 +104,16 @@ class _Members:
     def block_size(self, device: torch.device) -> int:
         """Members of a whole block."""
         return self.cpu_block if device.type == "cpu" else GPU_BLOCK
+
+    def chunk_size(self, device: torch.device) -> int:
+        """Members that are evaluated at once, where nothing else is asked for."""
+        return max(self.cpu_chunk, self.cpu_block) if device.type == "cpu" else GPU_BLOCK
+
+    def cost(self, block: Block, outputs: Sequence[int]) -> float:
+        """Of evaluating a block, for layers of so many outputs, in the units that are computed for
+        one example: those after the perturbed layer."""
+        later = outputs if block.layer is None else outputs[block.layer + 1 :]
+        return len(block) * (sum(later) + outputs[-1])
 
     def _check(self, shapings: Sequence[str]) -> None:
         """Raises PopulationError for values that cannot be."""
@@ -286,7 +297,8 @@ class ExampleMembers(_Members):
     shaping: str = "none"
 
     by_example: ClassVar[bool] = True  # one score per member and example
-    cpu_block: ClassVar[int] = 128
+    cpu_block: ClassVar[int] = 16
+    cpu_chunk: ClassVar[int] = 128
 
     def __post_init__(self):
         self._check(("none", "sign"))

@@ -3,7 +3,7 @@
 python mnist_eggroll.py --fitness examples/costly_confusion.py:minus_cost
 python evaluate.py results/runs/FOLDER --fitness examples/costly_confusion.py:minus_cost
 
-docs/results.md has what comes out, beside networks that were trained on hits and by backpropagation.
+docs/results.md has what comes out, beside networks that were trained on hits and by backprop.
 """
 
 from torch import Tensor

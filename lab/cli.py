@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import logging
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import tyro
 
+from lab import processes
 from lab.errors import Interrupted, UserError
 
 Config = TypeVar("Config")
@@ -278,8 +281,8 @@ def read_saved_config(out_dir: Path) -> dict[str, Any]:
 
 def resolve_run(config: Config, backend: str) -> Config:
     """The flags with the backend and the number of threads that the run has; sets the latter."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    if config.run.threads or processes.count() > 1:  # torchrun's own choice is one thread
+        torch.set_num_threads(config.run.threads or processes.own_threads())
     run = dataclasses.replace(config.run, backend=backend, threads=torch.get_num_threads())
     return dataclasses.replace(config, run=run)
 
@@ -295,6 +298,8 @@ def resolve_device(name: str) -> torch.device:
         name = next(device for device, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name} is not available on this machine (try --device cpu)")
+    if name == "cuda" and processes.count() > 1:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -304,7 +309,8 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception], ...]) -> None:
-    """Run a script's main: one line and exit code 2 for what a user can mend, 130 for Ctrl-C.
+    """Run a script's main: one line and exit code 2 for what a user can mend, 128 + its number
+    for a signal: 130 for Ctrl-C.
 
     `errors` are the library's own that a flag or a file can cause.
     """
@@ -312,7 +318,7 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
     said = set()  # Python forgets what it has said whenever a library changes its filters
 
     def show(message: Warning | str, *_: Any) -> None:
-        if str(message) not in said:
+        if str(message) not in said and processes.is_first():
             print(f"{name}: {message}", file=sys.stderr)
         said.add(str(message))
 
@@ -320,10 +326,11 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
     warnings.filterwarnings("ignore", module=r"(?!eggroll|lab)")
     try:
         main()
+        processes.leave()
     except (Interrupted, KeyboardInterrupt) as stop:
-        if str(stop):
+        if str(stop) and processes.is_first():
             print(stop, file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
     except (UserError, *errors) as error:
         _fail(name, str(error))
     except OSError as error:
@@ -338,5 +345,9 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
 
 
 def _fail(name: str, message: str) -> None:
+    if processes.joined():
+        message = processes.name() + message
+    elif not processes.is_first():  # what is wrong with the flags, the first says for all
+        raise SystemExit(2)
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(2) from None

@@ -238,15 +238,15 @@ def run(method: str, typed: Sequence[str], folder: Path) -> None:
     if (folder / "summary.json").exists() and read_summary(folder)["status"] == "finished":
         print(f"{folder}: finished already")
         return
-    command.append("--resume" if (folder / "checkpoint.pt").exists() else "--overwrite")
+    command.append("--resume" if any(folder.glob("checkpoint*.pt")) else "--overwrite")
     print(f"\n--- {folder}", flush=True)
     process = subprocess.Popen(command)
     # Ctrl-C reaches the run itself, which saves what is done; wait for that
     earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = process.wait()
     signal.signal(signal.SIGINT, earlier)
-    if code == 130:
-        raise Interrupted("type the same command again to go on")
+    if code in (129, 130, 143):
+        raise Interrupted("type the same command again to go on", code - 128)
     if code:
         raise SystemExit(code if code > 0 else 1)
 

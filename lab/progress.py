@@ -1,5 +1,6 @@
 """What the screen shows: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,9 +41,15 @@ class Progress:
 
     def line(self, text: str) -> None:
         """A line that stays, above the bar where there is one."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        try:
             tqdm.write(text)
             sys.stdout.flush()
+        except OSError:  # nobody reads any more (`| head`, a terminal that is gone): files do
+            self.quiet = True
+            self.bar.disable = True
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - until the process ends
 
     def close(self, step: int) -> None:
         self.bar.update(step - self.bar.n)  # the bar ends where the run does
@@ -66,6 +73,15 @@ def population_line(evolution: Any, batch_size: int) -> str:
     return (
         f"population {total:,}{layers}: members that see each image, {total * batch_size:,} of one "
         "image each in a step"
+    )
+
+
+def shares_line(evolution: Any) -> str:
+    """How many members each process evaluates."""
+    shares = [sum(map(len, blocks)) for blocks in evolution.shares]
+    return (
+        f"{evolution.population:,} members over {len(shares)} processes: "
+        f"{', '.join(f'{share:,}' for share in shares)}"
     )
 
 

@@ -1,7 +1,6 @@
 """What a run leaves on disk. Every file is complete at any moment, whenever the run is killed."""
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
@@ -47,6 +47,7 @@ RUN_FILES = (
     "summary.json",
     "train.log",
     "checkpoint.pt",
+    "checkpoint.previous.pt",
     "model.safetensors",
 )
 
@@ -97,10 +98,10 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool, overwrite: bool):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = FileLock(self.path / ".lock")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
             raise UserError(
                 f"another process is writing to {path} (wait for it, or give another --out-dir)"
             ) from error
@@ -115,6 +116,10 @@ class RunFolder:
     def _clear(self) -> None:
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
+
+    @property
+    def has_run(self) -> bool:
+        return (self.path / "config.json").exists()
 
     @property
     def checkpoint(self) -> Path:
@@ -152,6 +157,23 @@ class RunFolder:
     def log(self, line: str) -> None:
         with (self.path / "train.log").open("a") as file:
             file.write(line + "\n")
+
+
+class NoFolder(RunFolder):
+    """What the other processes of a run have in its place: they read, and write nothing."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def write_config(self, *_: Any) -> None: ...
+
+    def write_metrics(self, *_: Any) -> None: ...
+
+    def write_summary(self, *_: Any) -> None: ...
+
+    def write_model(self, *_: Any) -> None: ...
+
+    def log(self, *_: Any) -> None: ...
 
 
 def commit() -> str | None:

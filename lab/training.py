@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab import checkpoint
+from lab import checkpoint, processes
 from lab.cli import FREE_ON_RESUME, as_json, read_saved_config
 from lab.clock import Clock, device_name, peak_memory_mb
 from lab.data import Dataset
@@ -29,10 +29,12 @@ from lab.errors import Interrupted, UserError
 from lab.evaluation import evaluate
 from lab.network import start_from
 from lab.optim import make_schedule
-from lab.progress import Progress, epoch_line, headline, population_line
-from lab.runlog import RunFolder, default_out_dir
+from lab.progress import Progress, epoch_line, headline, population_line, shares_line
+from lab.runlog import NoFolder, RunFolder, default_out_dir
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
+# Ctrl-C, a polite kill, a terminal that is gone; what of them there is on this system
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 GOAL = 0.975  # test accuracy at which methods are compared
 
 
@@ -66,37 +68,51 @@ class Training:
         self.steps_per_epoch = -(-len(data.train) // flags.batch_size)
         self.total_steps = flags.epochs * self.steps_per_epoch
         self.schedule = make_schedule(optimizer, flags, self.steps_per_epoch)
-        out_dir = run.out_dir or default_out_dir(method, data.name, run.seed)
-        self.folder = RunFolder(out_dir, resume=run.resume, overwrite=run.overwrite)
+        self.folder = self._open_folder()
         self.clock = Clock(device)
+        self.peaks: list[float] = []  # of all processes, at the end
         self.step = 0
         self.compile_seconds = self.earlier_peak_mb = 0.0
         self.rows: list[dict[str, Any]] = []
         self.fitness_sum = torch.zeros((), device=device)
         self.present: tuple[Tensor, Tensor] | None = None  # the batch that is being trained on
         self.watch = FitnessWatch()
-        self.stop_requested = False
+        self.stop_requested = 0  # or the number of the signal
         self.saved_at = time.monotonic()
         self.progress: Progress | None = None
-        if not (run.resume and self._resume()):
+        resume = run.resume or (processes.restarted() and self.folder.has_run)
+        if not (resume and self._resume()):
             start_from(config.network.init_from, network)
-        if not run.resume:
+        if not resume:
             self.folder.write_config(method, config, device)
+
+    def _open_folder(self) -> RunFolder:
+        """The first process's; the others write nothing."""
+        run = self.config.run
+        out_dir = run.out_dir or default_out_dir(self.method, self.data.name, run.seed)
+        if processes.is_first():
+            resume = run.resume or processes.restarted()
+            folder = RunFolder(out_dir, resume=resume, overwrite=run.overwrite)
+        out_dir = processes.from_first(out_dir)  # and nobody reads before the first has cleared it
+        return folder if processes.is_first() else NoFolder(out_dir)
 
     # ---- what a script calls ----
 
     def __enter__(self) -> "Training":
-        self._earlier_handler = signal.signal(signal.SIGINT, self._on_ctrl_c)
-        self.progress = Progress(self.total_steps, self.step, self.config.run.quiet)
+        self._earlier_handlers = {s: signal.signal(s, self._on_signal) for s in STOPS}
+        quiet = self.config.run.quiet or not processes.is_first()
+        self.progress = Progress(self.total_steps, self.step, quiet)
         self._say(headline(self.method, self.data, self.total_steps, self.step))
         if self.evolution:
             self._say(population_line(self.evolution, self.config.training.batch_size))
+            if processes.count() > 1:
+                self._say(shares_line(self.evolution))
         backend, folder = self.config.run.backend, self.folder.path
         self._say(f"{device_name(self.device)}, {backend}; files in {folder}")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        signal.signal(signal.SIGINT, self._earlier_handler)
+        self._restore_handlers()
         self.progress.close(self.step)
         if kind is None:
             self._finish()
@@ -134,7 +150,7 @@ class Training:
                 for index in range(self.step % self.steps_per_epoch, self.steps_per_epoch):
                     self.present = self._batch(order, index)
                     yield self.present
-                    if self.stop_requested or self._save_is_due():
+                    if self._stops_here():
                         break
             self._after_steps()
 
@@ -170,23 +186,29 @@ class Training:
         batch = self.data.train[order[index * size : (index + 1) * size]]
         return self.data.scale(batch.images), batch.labels
 
-    def _save_is_due(self) -> bool:
-        return time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
+    def _stops_here(self) -> bool:
+        """To save, or since a signal came: where there are several processes, the first says so."""
+        due = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
+        if processes.count() > 1:
+            self.stop_requested, due = processes.from_first((self.stop_requested, due))
+        return bool(self.stop_requested or due)
 
     def _after_steps(self) -> None:
         """The clock stands: evaluate at the end of an epoch, save, and stop if Ctrl-C was hit."""
         if self.step % self.steps_per_epoch == 0:
             self._end_of_epoch()
+        processes.check_same(self.network.parameters(), self.step)
         # a diverged state must not replace a good one
         check_finite(self.fitness_sum.item(), self.step)
         # read once: a Ctrl-C during the save stops after the next step, and is saved as such
-        stop = self.stop_requested and self.step < self.total_steps
+        stop = self.stop_requested if self.step < self.total_steps else 0
         self._save("interrupted" if stop else "running")
         if stop:
             script = Path(sys.argv[0]).name
             raise Interrupted(
                 f"interrupted at step {self.step:,} of {self.total_steps:,}; go on with: "
-                f"python {script} --resume --out-dir {self.folder.path}"
+                f"python {script} --resume --out-dir {self.folder.path}",
+                stop,
             )
 
     def _end_of_epoch(self) -> None:
@@ -248,6 +270,9 @@ class Training:
             "compile_seconds": self.compile_seconds,
             "peak_mb": self._peak_mb(),
         }
+        self.saved_at = time.monotonic()
+        if not processes.is_first():
+            return
         checkpoint.save(self.folder.checkpoint, state)
         self.folder.write_model(self.network)
         self._write_summary(status)
@@ -289,7 +314,8 @@ class Training:
         return next(reached, None)
 
     def _peak_mb(self) -> float:
-        return max(self.earlier_peak_mb, peak_memory_mb(self.device))
+        """Of the process that needs most."""
+        return max(self.earlier_peak_mb, *self.peaks, peak_memory_mb(self.device))
 
     def _resume(self) -> bool:
         """Whether there is a checkpoint to go on from: without one the run starts at step 0."""
@@ -322,6 +348,9 @@ class Training:
         return True
 
     def _finish(self) -> None:
+        if processes.count() > 1:
+            self.peaks = processes.of_all(peak_memory_mb(self.device))
+            self._say(f"memory of all {len(self.peaks)} processes: {sum(self.peaks):,.0f} MB")
         self._save("finished")
         summary = (
             f"finished: test accuracy {self.rows[-1]['test_accuracy']:.2%} on {self.data.name}, "
@@ -336,7 +365,11 @@ class Training:
         self.progress.line(text)
         self.folder.log(text)
 
-    def _on_ctrl_c(self, *_: Any) -> None:
-        """Stop after the present step; a second Ctrl-C stops at once."""
-        self.stop_requested = True
-        signal.signal(signal.SIGINT, self._earlier_handler)
+    def _on_signal(self, number: int, _: Any) -> None:
+        """Stop after the present step; a second signal stops at once."""
+        self.stop_requested = number
+        self._restore_handlers()
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._earlier_handlers.items():
+            signal.signal(number, handler)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lab import processes
 from lab.errors import UserError
 
 MEMBERS, CLASSES = 4, 10  # of the logits that a function is tried out on
@@ -98,7 +99,8 @@ def warm_up(evolution: Any, images: Tensor, labels: Tensor) -> None:
     for draw in range(DRAWS):
         evolution.step = step + draw
         evolution.warm_up(images, labels)
-        if not isinstance(fitness, UserFitness) or fitness.varied:
+        # of several processes the first alone has asked it
+        if processes.from_first(not isinstance(fitness, UserFitness) or fitness.varied):
             break
     else:
         raise UserError(

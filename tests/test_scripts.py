@@ -481,13 +481,25 @@ def start(out, *flags):
     return process
 
 
-def test_ctrl_c_ends_the_process_with_130(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_to_stop_saves_and_ends_the_process_with_its_number(number, code, tmp_path):
     process = start(tmp_path)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130 and len(stderr.splitlines()) == 1, stderr
+    assert process.returncode == code and len(stderr.splitlines()) == 1, stderr
     assert "--resume" in stderr
     assert read_json(tmp_path / "summary.json")["status"] == "interrupted"
+
+
+def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
+    process = start(tmp_path, "--epochs", "4")
+    process.stdout.close()  # as `| head` does
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+    assert read_json(tmp_path / "summary.json")["status"] == "finished"
+    assert "epoch 4/4" in (tmp_path / "train.log").read_text()
 
 
 def test_a_killed_run_leaves_complete_files_and_can_be_resumed(tmp_path):
@@ -534,9 +546,21 @@ def test_resumption_refuses_what_would_be_another_run(tmp_path):
 def test_a_damaged_run_is_not_resumed_and_keeps_its_files(file, content, tmp_path):
     train("backprop", tmp_path, "--epochs", "1")
     (tmp_path / file).write_text(content)
+    (tmp_path / "checkpoint.previous.pt").unlink()
     done = call(BACKPROP, "--resume", "--out-dir", tmp_path)
     assert_one_line(done, str(tmp_path / file), "--overwrite")
     assert (tmp_path / file).read_text() == content and (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["backprop", "int8"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, tmp_path):
+    script, _ = KINDS[kind][0], train(kind, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    content = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    done = call(script, "--resume", "--out-dir", tmp_path)
+    assert done.returncode == 0 and "going on from checkpoint.previous.pt" in done.stderr
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_without_a_checkpoint_a_resumed_run_starts_at_step_0(tmp_path):
@@ -544,6 +568,7 @@ def test_without_a_checkpoint_a_resumed_run_starts_at_step_0(tmp_path):
     before = (tmp_path / "model.safetensors").read_bytes()
     for name in ("checkpoint.pt", "model.safetensors", "metrics.csv", "summary.json"):
         (tmp_path / name).unlink()
+    (tmp_path / "checkpoint.previous.pt").unlink()
     done = call(EGGROLL, "--resume", "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -1,0 +1,114 @@
+"""The processes of one run under torchrun: who is first, and what all have to agree on.
+
+Without torchrun there is one process, and everything here returns what it was given.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lab.errors import UserError
+
+Found = TypeVar("Found")
+
+TIMEOUT = timedelta(minutes=10)  # the first may compile, or ask a slow fitness
+
+
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def name() -> str:
+    """Of this process, for a line that it prints; empty where it is the only one."""
+    return f"process {rank()} of {count()}: " if count() > 1 else ""
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this run again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def only_one(script: str) -> None:
+    """Raises UserError under torchrun, for a script that would do the same in every process."""
+    if count() > 1:
+        raise UserError(f"{script} runs in one process (type: python {script})")
+
+
+def own_threads() -> int:
+    """The cores of this machine, shared among its processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes; once, before anything is shared."""
+    if count() > 1 and not joined():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave() -> None:
+    if joined():
+        dist.destroy_process_group()
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    if count() == 1:
+        return value
+    found = [value]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def first_then_all(work: Callable[[], Found]) -> Found:
+    """Of the first process, then of the others: what it downloads they find."""
+    if not is_first():
+        from_first(None)
+    found = work()
+    if is_first():
+        from_first(None)
+    return found
+
+
+def of_all(value: Any) -> list[Any]:
+    """Every process's value, by rank."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def check_same(weights: Iterable[Tensor], step: int) -> None:
+    """Raises UserError where the processes' weights differ in a bit."""
+    if count() == 1:
+        return
+    total = 0
+    for weight in weights:
+        content = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+        total = zlib.crc32(content, total)
+    sums = of_all(total)
+    other = next((r for r, found in enumerate(sums) if found != sums[0]), None)
+    if other is not None:
+        raise UserError(
+            f"at step {step:,} the weights of process {other} are no longer those of process 0 "
+            "(type the same --threads for all, on machines of one kind)"
+        )

@@ -1,0 +1,117 @@
+"""One population over several processes: the same bits as one, and ends that are clean."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run_command
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eggroll import BatchMembers, ExampleMembers
+from eggroll.distributed import share_out
+from eggroll.members import make_blocks
+
+SMALL = ("--dataset", "mnist-sample", "--hidden-dim", "32", "--threads", "1")
+
+
+def command(processes, out, *flags, script="mnist_eggroll.py", epochs=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    start = [sys.executable, *(launcher if processes > 1 else []), ROOT / script, *SMALL]
+    return [str(word) for word in (*start, "--epochs", epochs, "--out-dir", out, *flags)]
+
+
+def run(processes, out, *flags, **options):
+    return run_command(*command(processes, out, *flags, **options))
+
+
+def weights(out):
+    return (out / "model.safetensors").read_bytes()
+
+
+RANDOM = """
+import random
+def drawn(outputs, labels):
+    return (outputs.argmax(-1) == labels).float() + random.random()
+"""
+KINDS = {
+    "example members": ("--population", "32+32+10"),
+    "batch members": ("--members", "batch", "--population", "150", "--dtype", "float32"),
+    "int8": ("--dtype", "int8", "--population", "32+30+9"),
+    "smoothed hits": ("--fitness", "accuracy", "--population", "40"),
+    "a user's fitness of the batch": (
+        *("--members", "batch", "--population", "100", "--dtype", "float32"),
+        *("--fitness", f"{ROOT / 'examples' / 'macro_f1.py'}:macro_f1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_processes_train_to_the_bits_of_one(kind, tmp_path):
+    done = run(1, tmp_path / "1", *KINDS[kind])
+    assert done.returncode == 0, done.stderr
+    for processes in (2, 3) if kind == "example members" else (2,):
+        done = run(processes, tmp_path / str(processes), *KINDS[kind])
+        assert done.returncode == 0, done.stderr
+        assert f"over {processes} processes" in done.stdout
+        assert done.stdout.count("finished: ") == 1
+        assert weights(tmp_path / str(processes)) == weights(tmp_path / "1")
+
+
+def test_a_fitness_that_is_not_deterministic_does_not_fork_the_weights(tmp_path):
+    (tmp_path / "drawn.py").write_text(RANDOM)
+    for flags in ((), ("--smoothing", "0")):
+        own = ("--fitness", f"{tmp_path / 'drawn.py'}:drawn", "--population", "12", "--overwrite")
+        done = run(2, tmp_path / "run", *own, *flags)  # weights are compared at every save
+        assert done.returncode == 0, done.stderr
+
+
+def test_another_number_of_processes_goes_on_with_the_same_bits(tmp_path):
+    flags, out = ("--population", "20"), tmp_path / "parts"
+    run(1, tmp_path / "whole", *flags, epochs=40)
+    process = subprocess.Popen(
+        command(2, out, *flags, epochs=40), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not (out / "checkpoint.previous.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
+    done = run(3, out, *flags, "--resume", epochs=40)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stdout
+    assert weights(tmp_path / "whole") == weights(out)
+
+
+def test_what_is_wrong_is_said_once(tmp_path):
+    done = run(3, tmp_path, "--population", "1")
+    assert done.returncode != 0
+    assert done.stderr.count("mnist_eggroll.py: error:") == 1
+
+
+def test_backprop_is_not_run_several_times(tmp_path):
+    done = run(2, tmp_path / "run", script="mnist_backprop.py")
+    assert done.returncode != 0 and "runs in one process" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@given(st.integers(1, 400), st.integers(1, 9))
+def test_whole_blocks_are_shared_out_as_evenly_as_they_can_be(population, processes):
+    members = BatchMembers(2 * population)
+    blocks = make_blocks([(None, 2 * population)], 32)
+    shares = share_out(blocks, lambda block: members.cost(block, [8, 4]), processes)
+    assert [block for share in shares for block in share] == blocks
+    counts = [len(share) for share in shares]
+    assert counts == sorted(counts, reverse=True) and counts[0] - counts[-1] <= 1
+
+
+def test_shares_follow_what_members_cost():
+    members = ExampleMembers((96, 128, 16))
+    blocks = make_blocks([(0, 96), (1, 128), (2, 16)], 16)
+    shares = share_out(blocks, lambda block: members.cost(block, [256, 256, 10]), 2)
+    found = [sum(members.cost(block, [256, 256, 10]) for block in share) for share in shares]
+    assert max(found) < 0.65 * sum(found)
+    assert [sum(map(len, share)) for share in shares] == [64, 176]
