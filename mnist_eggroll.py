@@ -51,19 +51,20 @@ from lab.optim import make_optimizer
 from lab.training import Training
 
 # What runs where no flag says otherwise, by method. `learning_rate` follows the population.
-EXAMPLE = {"fitness": "cross-entropy", "sigma": 0.004, "antithetic": False, "shaping": "none"}
+EXAMPLE = {"sigma": 0.004, "antithetic": False, "shaping": "none"}
 EXAMPLE |= {"temperature": 1.0, "label_smoothing": 0.1, "lr_schedule": "onecycle"}
 EXAMPLE |= {"population": "96+128+16", "epochs": 6}
-BATCH = {"fitness": "accuracy", "sigma": 0.03, "antithetic": True, "shaping": "z-score"}
+BATCH = {"sigma": 0.02, "antithetic": True, "shaping": "z-score"}
 BATCH |= {"temperature": 2.0, "label_smoothing": 0.0, "lr_schedule": "linear", "epochs": 3}
-ONE_LAYER = {"fitness": "cross-entropy", "sigma": 0.004, "antithetic": False}
+ONE_LAYER = {"sigma": 0.004, "antithetic": False}
 PRESETS = {
     "eggroll": EXAMPLE | {"lr": 0.1},
     "eggroll-int8": EXAMPLE | {"lr": 0.04, "sigma": 0.01},
-    "eggroll-batch": BATCH | {"population": "832", "lr": 0.02},
+    "eggroll-batch": BATCH | {"population": "832", "lr": 0.015},
     "eggroll-batch-one-layer": BATCH | ONE_LAYER | {"population": "5120", "lr": 0.012},
 }
-BATCH_CROSS_ENTROPY = {"sigma": 0.02, "lr": 0.015}
+# Hits move only where an answer does, and a digit that nobody answers never comes back
+BATCH_HITS = {"sigma": 0.04, "lr": 0.015}
 # A smoothed fitness: with example members every one but cross-entropy
 SMOOTHED = {"smoothing": 2.0, "smoothing_samples": 256}
 SMOOTHED_RATE = 2 / 3  # of the preset's learning rate
@@ -103,9 +104,8 @@ class EvolutionFlags:
     """Scale of the perturbations, in the weights' own units."""
     antithetic: BothWays = None
     """Pairs with signs + and - (--no-antithetic: against the unperturbed network)."""
-    fitness: FitnessName = None
-    """Batch members: accuracy; else cross-entropy. A function of your own: outputs (P, B, 10),
-    labels (B,) -> scores (P, B) or (P,)."""
+    fitness: FitnessName = "cross-entropy"
+    """A function of your own: outputs (P, B, 10), labels (B,) -> scores (P, B) or (P,)."""
     smoothing: PresetFloat = None
     """Noise on the outputs that smooths the fitness; 0 is off. Example members: 2, with
     cross-entropy 0."""
@@ -176,13 +176,6 @@ def method_name(config: Config) -> str:
     return "eggroll-batch" + ("-one-layer" if flags.perturb == "one" else "")
 
 
-def with_fitness(config: Config) -> Config:
-    """The flags with the method's own fitness where none was typed."""
-    flags = config.evolution
-    fitness = flags.fitness or PRESETS[method_name(config)]["fitness"]
-    return dataclasses.replace(config, evolution=dataclasses.replace(flags, fitness=fitness))
-
-
 def smoothing(flags: EvolutionFlags) -> float:
     """Standard deviation of the noise on the outputs: of example members, unless the fitness is
     smooth by itself."""
@@ -211,8 +204,8 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
     """What this run's row of the table says, for its length, device and activation."""
     method, flags = method_name(config), config.evolution
     usual = PRESETS[method]
-    if method == "eggroll-batch" and flags.fitness == "cross-entropy":
-        usual = usual | BATCH_CROSS_ENTROPY
+    if method == "eggroll-batch" and flags.fitness != "cross-entropy":
+        usual = usual | BATCH_HITS
     if flags.members == "example":
         usual = usual | BY_ACTIVATION.get(config.network.activation, {})
     values = usual | {"epochs": EPOCHS.get(data.length(config), usual["epochs"])}
@@ -263,7 +256,6 @@ def resolve(config: Config, device: torch.device) -> Config:
 
     Raises UserError and PopulationError, before any data is loaded, for what cannot be trained.
     """
-    config = with_fitness(config)
     cli.check_effects(config, NO_EFFECT)
     config = cli.apply_preset(config, preset(config, device))
     flags = config.evolution

@@ -41,6 +41,6 @@ else
   runs main "backprop eggroll" --population 12
 fi
 for population in "${populations[@]}"; do
-  runs "population-$population" "eggroll-batch eggroll-batch+cross-entropy" \
+  runs "population-$population" "eggroll-batch eggroll-batch+accuracy" \
     --population "$population"
 done

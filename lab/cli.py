@@ -38,7 +38,7 @@ ScheduleName = preset_name("linear", "cosine", "onecycle", "constant")
 BothWays = Annotated[bool | None, preset_arg("")]
 PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 PopulationFlag = Annotated[str | None, preset_arg("N|N+N+N")]
-FitnessName = Annotated[str | None, preset_arg("cross-entropy|accuracy|FILE.py:FUNCTION")]
+FitnessName = Annotated[str, tyro.conf.arg(metavar="cross-entropy|accuracy|FILE.py:FUNCTION")]
 IntFlag = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 
 

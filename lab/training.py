@@ -324,14 +324,16 @@ class Training:
             raise UserError(
                 f"{self.folder.path} holds a run of {saved.get('method')}, not of {self.method}"
             )
+        differ = []
         for name, value in as_json(self.config).items():
             before = saved["flags"].get(name, value)  # a flag may be younger than the run
             if name not in FREE_ON_RESUME and before != value:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(
-                    f"{flag} was {before} when this run was started and is {value} now: a resumed "
-                    "run keeps its flags (leave it out, or start another run)"
-                )
+                differ.append(f"--{name.replace('_', '-')} was {before} and is {value} now")
+        if differ:
+            raise UserError(
+                f"{self.folder.path} was started with other flags: {', '.join(differ)}; a resumed "
+                "run keeps its flags (leave them out, or start another run)"
+            )
         state = checkpoint.load(self.folder.checkpoint, self.device)
         if state is None:
             return False

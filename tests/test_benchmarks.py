@@ -83,4 +83,4 @@ def test_frontier_and_the_gpu_script_work_on_a_cpu(tmp_path):
     done = run_command(ROOT / "benchmarks" / "gpu.sh", "--tiny", env=env)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "gpu" / "population-32" / "summary.md").read_text()
-    assert "eggroll-batch+cross-entropy" in table and "accuracy" in table
+    assert "eggroll-batch+accuracy" in table

@@ -532,7 +532,8 @@ def test_threads_and_backend_are_stored_and_kept(tmp_path, monkeypatch):
 def test_resumption_refuses_what_would_be_another_run(tmp_path):
     train("backprop", tmp_path / "run", "--epochs", "1")
     resume = ("--resume", "--out-dir", tmp_path / "run")
-    assert_one_line(call(BACKPROP, *resume, "--lr", "0.7"), "--lr was 0.1 when this run")
+    done = call(BACKPROP, *resume, "--lr", "0.7", "--momentum", "0.5")
+    assert_one_line(done, "--lr was 0.1 and is 0.7 now, --momentum was 0.9")
     assert_one_line(call(BACKPROP, *resume, "--hidden-dim", "64"), "--hidden-dim was 32")
     assert_one_line(call(EGGROLL, *resume), "holds a run of backprop")
     nowhere = ("--resume", "--out-dir", tmp_path / "nowhere")
