@@ -45,7 +45,7 @@ SETTINGS = {  # two for every method, chosen before the trials
         ("--population", "128+128+16", "--lr", "0.06"),
     ),
 }
-LENGTHS = (1, 2, 3, 6)  # epochs
+LENGTHS = (1, 2, 3, 4, 6)  # epochs
 REACHED = (97.5, 98.0, 98.3)  # percent of the test set
 COLUMNS = ("method", "epochs", "settings", "seeds", "seconds", "test_accuracy", "spread")
 COLUMNS += ("validation_accuracy", "device", "torch", "commit")
