@@ -80,7 +80,7 @@ JUMPS = {"antithetic": True, "sigma": 0.045, "population": "192+192+16", "epochs
 BY_ACTIVATION = {
     "sign": JUMPS,
     "step": JUMPS,
-    "argmax-k": JUMPS,
+    "argmax-k": JUMPS | {"population": "96+96+16"},
     "int8-round": {"sigma": 0.01},
 }
 # Examples that batch members see beyond which compiling pays on a CPU; example members are faster

@@ -42,21 +42,15 @@ def layer_gradient(
     per_unit: Tensor,  # (O,): members that move each unit
 ) -> Tensor:
     """Ascent direction (O, I), int32, of one layer: as in ExampleMembers, every product exact."""
-    delta = _units_gradient(change, signs, blocks, d, int(size), per_unit)
-    return wide_matmul(delta.t().contiguous(), x)
-
-
-def _units_gradient(
-    change: Tensor, signs: Tensor, blocks: Tensor, d: Tensor, size: int, per_unit: Tensor
-) -> Tensor:
-    """Of each example's units, (B, O) int32 of at most WIDE_MAX."""
     if kernels.available(change):
-        out, sizes = torch.empty_like(d), (*change.shape, signs.shape[-1], d.shape[-1])
-        parts = (change, signs.contiguous(), blocks, d, per_unit, *sizes)
-        kernels.call("units_gradient", *parts, size, DELTA_BITS, WIDE_MAX, out)
+        out = torch.empty(d.shape[-1], x.shape[-1], dtype=torch.int32)
+        parts = (change, signs.contiguous(), blocks, d, per_unit, x.contiguous())
+        sizes = (*change.shape, signs.shape[-1], *out.shape)
+        kernels.call("layer_gradient", *parts, *sizes, int(size), DELTA_BITS, WIDE_MAX, out)
         return out
     change = change.clamp(-WIDE_MAX, WIDE_MAX).t().contiguous()
     rows = spread(signs.squeeze(1), blocks, d.shape[-1]).to(torch.int8)
     total = wide_matmul(change, rows) * d
-    delta = rounded_division(total.long() << DELTA_BITS, per_unit * size)
-    return delta.clamp(-WIDE_MAX, WIDE_MAX).int()
+    delta = rounded_division(total.long() << DELTA_BITS, per_unit * int(size))
+    delta = delta.clamp(-WIDE_MAX, WIDE_MAX).int()
+    return wide_matmul(delta.t().contiguous(), x)

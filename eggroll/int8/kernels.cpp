@@ -55,6 +55,7 @@ inline void add_products(const int16_t* moves, const int16_t* pairs, int64_t cou
 #endif
 }
 
+constexpr int64_t WIDE = 64, NARROW = 16;  // columns whose sums stay in registers
 constexpr int64_t PART = 1024;  // weights that one thread moves at a time
 
 inline void remember(const int32_t* __restrict direction, int64_t count, int32_t momentum, int bits,
@@ -85,7 +86,6 @@ extern "C" {
 void moved_product(int64_t threads, const int8_t* states, const int32_t* signs, const int64_t* blocks,
                    const int8_t* weight, const int32_t* unmoved, int64_t P, int64_t B, int64_t O,
                    int64_t G, int64_t K, int64_t factor, int64_t divisor, int32_t* out) {
-  constexpr int64_t WIDE = 64, NARROW = 16;
   const int64_t half = (G + 1) / 2, width = (K + NARROW - 1) / NARROW * NARROW, parts = (O + G - 1) / G;
   std::vector<int16_t> pairs(parts * half * width * 2);  // zeros where there is no unit
 #pragma omp parallel for num_threads(threads)
@@ -121,6 +121,13 @@ void moved_product(int64_t threads, const int8_t* states, const int32_t* signs, 
         }
       }
   }
+}
+
+// arithmetic.rounded_division of x * factor, in place
+void scale(int64_t threads, int32_t* x, int64_t count, int64_t factor, int64_t divisor) {
+  const int32_t times = int32_t(factor), below = int32_t(divisor);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < count; i++) x[i] = below > 1 ? divided(x[i] * times, below) : x[i] * times;
 }
 
 // network.activation
@@ -181,23 +188,41 @@ int64_t follow(int64_t threads, const int32_t* direction, int64_t count, int64_t
   return updated;
 }
 
-// gradient.layer_gradient, up to its last product: scores less the unperturbed network's, (P, B); the
-// examples' signs (B, O); members that move each unit (O); to (B, O)
-void units_gradient(int64_t threads, const int32_t* change, const int32_t* signs, const int64_t* blocks,
-                    const int32_t* example_signs, const int64_t* per_unit, int64_t P, int64_t B, int64_t G,
-                    int64_t O, int64_t size, int64_t bits, int64_t most, int32_t* out) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t b = 0; b < B; b++) {
-    std::vector<int64_t> sums(O, 0);
-    for (int64_t p = 0; p < P; p++) {
-      const int64_t score = clamped<int64_t>(change[p * B + b], most), first = blocks[p] * G;
-      for (int64_t g = 0; g < std::min(G, O - first); g++) sums[first + g] += score * signs[p * G + g];
+// gradient.layer_gradient: scores less the unperturbed network's (P, B), signs (P, G), blocks (P), the
+// examples' signs (B, O), members that move each unit (O), and what the layer reads (B, I); to (O, I)
+void layer_gradient(int64_t threads, const int32_t* change, const int32_t* signs, const int64_t* blocks,
+                    const int32_t* example_signs, const int64_t* per_unit, const int8_t* x, int64_t P,
+                    int64_t B, int64_t G, int64_t O, int64_t I, int64_t size, int64_t bits, int64_t most,
+                    int32_t* out) {
+  const int64_t half = (B + 1) / 2, width = (I + NARROW - 1) / NARROW * NARROW;
+  std::vector<int16_t> deltas(O * 2 * half, 0), pairs(half * width * 2, 0);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int64_t> sums(O);
+#pragma omp for
+    for (int64_t b = 0; b < B; b++) {
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int64_t p = 0; p < P; p++) {
+        const int64_t score = clamped<int64_t>(change[p * B + b], most), first = blocks[p] * G;
+        for (int64_t g = 0; g < std::min(G, O - first); g++) sums[first + g] += score * signs[p * G + g];
+      }
+      for (int64_t o = 0; o < O; o++) {
+        const int64_t above = 2 * (sums[o] * example_signs[b * O + o] << bits) + per_unit[o] * size;
+        const int64_t below = 2 * per_unit[o] * size, whole = above / below - (above % below < 0);
+        deltas[o * 2 * half + b] = int16_t(clamped(whole, most));
+      }
+      for (int64_t i = 0; i < I; i++) pairs[(b / 2 * width + i) * 2 + b % 2] = x[b * I + i];
     }
-    for (int64_t o = 0; o < O; o++) {
-      const int64_t above = 2 * (sums[o] * example_signs[b * O + o] << bits) + per_unit[o] * size;
-      const int64_t below = 2 * per_unit[o] * size, whole = above / below - (above % below < 0);
-      out[b * O + o] = int32_t(clamped(whole, most));
-    }
+#pragma omp for
+    for (int64_t o = 0; o < O; o++)
+      for (int64_t i = 0; i < I;) {
+        const int64_t tile = width - i >= WIDE ? WIDE : NARROW;
+        const auto add = tile == WIDE ? add_products<WIDE> : add_products<NARROW>;
+        int32_t totals[WIDE] = {0};
+        add(deltas.data() + o * 2 * half, pairs.data() + 2 * i, half, width, totals);
+        std::copy_n(totals, std::min(tile, I - i), out + o * I + i);
+        i += tile;
+      }
   }
 }
 

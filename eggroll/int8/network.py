@@ -55,6 +55,9 @@ class Int8Linear(nn.Linear):
         if isinstance(x, MovedUnits) and x.whole is None and kernels.available(weight):
             return self._product_of_moved(x, weight)
         total = int_matmul(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+        if kernels.available(total):
+            kernels.call("scale", total, total.numel(), self.factor, self.quotient)
+            return total
         return rounded_division(total * self.factor, self.quotient)
 
     def _product_of_moved(self, x: MovedUnits, weight: Tensor) -> Tensor:
