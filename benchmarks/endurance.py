@@ -2,9 +2,9 @@
 
 python benchmarks/endurance.py --json results/endurance.json     # a quarter of an hour or so
 
-kills  a run on mnist-sample is killed (SIGKILL) at a random moment and resumed, again and again, until
-       it ends; under torchrun one of its processes is killed. After every kill all files are complete,
-       and the weights at the end are those of a run that nobody killed, bit for bit.
+kills  a run on mnist-sample is killed (SIGKILL) at a random moment and resumed, again and again,
+       until it ends; under torchrun one of its processes is killed. After every kill all files
+       are complete, and the weights at the end are those of a run that nobody killed, bit for bit.
 fuzz   flags, data files, checkpoints, weights, fitness files and environment variables drawn by
        hypothesis: always a line that says what is wrong, or a right result; never a traceback.
 
@@ -16,6 +16,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -45,6 +46,7 @@ from lab.experiments import chosen_methods, chosen_seeds
 from lab.network import start_from
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "flags.md"
 SMALL = ("--dataset", "mnist-sample", "--hidden-dim", "64", "--threads", "1", "--quiet")
 EGGROLL = ("mnist_eggroll.py", "--epochs", "40", "--population", "24")
 KINDS = {
@@ -150,11 +152,10 @@ WORDS = st.one_of(
     st.sampled_from(["", "auto", "nan", "1e999", "-0", "48+64+16", "0+0+0", "1+", "all", "cuda:9"]),
     st.text(max_size=12).filter(lambda text: "\0" not in text),
 )
+# what scripts have as flags, and what a run never does here
+LEFT_OUT = ("help", "out-dir", "print-config")
 FLAGS = st.sampled_from(
-    "dataset seed device threads epochs batch-size optimizer lr lr-schedule momentum weight-decay "
-    "label-smoothing members population perturb rank sigma fitness smoothing smoothing-samples "
-    "temperature shaping dtype update chunk-size hidden-dim activation bias no-bias antithetic "
-    "eval-every backend quick quiet resume overwrite init-from data-dir".split()
+    [flag for flag in re.findall(r"--([a-z][a-z-]+)", PAGE.read_text()) if flag not in LEFT_OUT]
 )
 
 
