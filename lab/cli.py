@@ -168,7 +168,8 @@ def parse(config_type: type[Config], description: str, args: Sequence[str] | Non
         # they change bits, and what auto means may have changed since
         names = saved["flags"].keys() & {"backend", "threads", "dtype"}
         kept = [f"--{name}={saved['flags'][name]}" for name in sorted(names)]
-        config = _tyro(config_type, description, [*saved["command"], *kept, *words])
+        first = [word for word in saved["command"] if word != "--overwrite"]
+        config = _tyro(config_type, description, [*first, *kept, *words])
     check_effects(config)
     return config
 

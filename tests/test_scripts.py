@@ -502,6 +502,18 @@ def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
     assert "epoch 4/4" in (tmp_path / "train.log").read_text()
 
 
+def test_a_run_that_replaced_another_can_be_resumed(tmp_path, monkeypatch):
+    train("backprop", tmp_path)
+    with monkeypatch.context() as patch:
+        ctrl_c_after(5, patch)
+        train("backprop", tmp_path, "--overwrite", code=130)
+    assert call(BACKPROP, "--resume", "--out-dir", tmp_path).returncode == 0
+    assert_one_line(
+        call(BACKPROP, "--resume", "--overwrite", "--out-dir", tmp_path),
+        "--overwrite has no effect",
+    )
+
+
 def test_a_killed_run_leaves_complete_files_and_can_be_resumed(tmp_path):
     process = start(tmp_path)
     time.sleep(0.3)
