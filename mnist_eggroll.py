@@ -53,7 +53,7 @@ from lab.training import Training
 # What runs where no flag says otherwise, by method. `learning_rate` follows the population.
 EXAMPLE = {"sigma": 0.004, "antithetic": False, "shaping": "none"}
 EXAMPLE |= {"temperature": 1.0, "label_smoothing": 0.1, "lr_schedule": "onecycle"}
-EXAMPLE |= {"population": "96+128+16", "epochs": 6}
+EXAMPLE |= {"population": "96+128+16", "units": 16, "epochs": 6}
 BATCH = {"sigma": 0.02, "antithetic": True, "shaping": "z-score"}
 BATCH |= {"temperature": 2.0, "label_smoothing": 0.0, "lr_schedule": "linear", "epochs": 3}
 ONE_LAYER = {"sigma": 0.004, "antithetic": False}
@@ -75,12 +75,13 @@ QUICK |= {"eggroll-batch-one-layer": "384"}
 ON_A_GPU = {"eggroll": "256+256+16", "eggroll-batch": "4000"}
 # an epoch of mnist-sample is 28 steps, so it gets more of them
 EPOCHS = {"quick": 1, "full-sample": 30, "quick-sample": 10}
-# Units that jump answer in jumps: members must move far enough to flip some, to either side
-JUMPS = {"antithetic": True, "sigma": 0.045, "population": "192+192+16", "epochs": 10}
+# Units that jump answer in jumps: members must move all of them far enough to flip some, to either
+# side
+JUMPS = {"antithetic": True, "sigma": 0.045, "units": 256, "epochs": 10}
 BY_ACTIVATION = {
-    "sign": JUMPS,
-    "step": JUMPS,
-    "argmax-k": JUMPS | {"population": "96+96+16"},
+    "sign": JUMPS | {"population": "192+192+16"},
+    "step": JUMPS | {"population": "192+192+16"},
+    "argmax-k": JUMPS | {"population": "96+96+16", "lr": 0.06},
     "int8-round": {"sigma": 0.01},
 }
 # Examples that batch members see beyond which compiling pays on a CPU; example members are faster
@@ -100,6 +101,8 @@ class EvolutionFlags:
     """Layers that a batch member perturbs. (An example member perturbs one.)"""
     rank: int = 1
     """Rank of a batch member's perturbation of a weight matrix."""
+    units: PresetInt = None
+    """Units of a layer that an example member moves."""
     sigma: PresetFloat = None
     """Scale of the perturbations, in the weights' own units."""
     antithetic: BothWays = None
@@ -132,6 +135,7 @@ class Config(SharedConfig):
 
 NO_EFFECT = (
     (("perturb", "rank"), lambda c: c.evolution.members == "example", "with example members"),
+    (("units",), lambda c: c.evolution.members == "batch", "with batch members"),
     (("update",), lambda c: c.evolution.dtype != "int8", "without --dtype int8"),
     (
         ("dtype",),
@@ -317,7 +321,7 @@ def make_members(flags: EvolutionFlags) -> BatchMembers | ExampleMembers:
     population = counts if len(counts) > 1 else counts[0]
     shared = {"sigma": flags.sigma, "antithetic": flags.antithetic, "shaping": flags.shaping}
     if flags.members == "example":
-        return ExampleMembers(population, **shared)
+        return ExampleMembers(population, units=flags.units, **shared)
     if len(counts) > 1:
         raise UserError("--population counts per layer are for example members (type their sum)")
     return BatchMembers(population, rank=flags.rank, perturb=flags.perturb, **shared)

@@ -23,7 +23,7 @@ from torch import Tensor
 from eggroll import int8
 from eggroll.fitness import SHAPINGS
 from eggroll.moved import MovedUnits, spread
-from eggroll.noise import Keys, gaussian, most_rows, orthogonal_rows, row_units, signs
+from eggroll.noise import ROW_UNITS, Keys, gaussian, most_rows, orthogonal_rows, row_units, signs
 from eggroll.seam import Call
 
 # Members per block on an accelerator, which wants few launches; a CPU wants activations that stay
@@ -287,6 +287,8 @@ class ExampleMembers(_Members):
     sigma       scale of the perturbation, in the weights' own units
     antithetic  in pairs with signs + and -; otherwise compared with the unperturbed network
     shaping     "none": the estimate is the gradient of the fitness. "sign": one vote per member
+    units       of a layer that a member moves, or more where members are few. With 16 they cost
+                least; a layer of units that jump learns better where all of them move
 
     Raises PopulationError for values that cannot be.
     """
@@ -295,6 +297,7 @@ class ExampleMembers(_Members):
     sigma: float = 0.004
     antithetic: bool = False
     shaping: str = "none"
+    units: int = ROW_UNITS
 
     by_example: ClassVar[bool] = True  # one score per member and example
     cpu_block: ClassVar[int] = 16
@@ -302,13 +305,15 @@ class ExampleMembers(_Members):
 
     def __post_init__(self):
         self._check(("none", "sign"))
+        if self.units < 1:
+            raise PopulationError(f"units {self.units} is below 1 (try {ROW_UNITS})")
 
     def counts(self, outputs: Sequence[int]) -> Counts:
         """Members of each layer that see each example, for layers of so many outputs.
 
         Raises PopulationError where they cannot be shared out.
         """
-        most = [self._signs * most_rows(count) for count in outputs]
+        most = [self._signs * most_rows(count, self.units) for count in outputs]
         if isinstance(self.population, int):
             return list(enumerate(share(self.population, most, self._signs)))
         typed = "+".join(map(str, self.population))
@@ -336,7 +341,7 @@ class ExampleMembers(_Members):
         calls = _calls_of(step, layer)
         dtype = calls[0].y.dtype
         count = dict(self.counts([len(weight) for weight in step.weights]))[layer]
-        size = row_units(outputs, count // self._signs)
+        size = row_units(outputs, count // self._signs, self.units)
         rows, blocks = orthogonal_rows(outputs, size, generator, dtype)
         noise = {"blocks": blocks}
         for k, call in enumerate(calls):

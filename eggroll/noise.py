@@ -104,16 +104,16 @@ def orthogonal_rows(
     return rows.unsqueeze(1).expand(size, parts, size).reshape(-1, size), blocks.repeat(size)
 
 
-def row_units(outputs: int, rows: int) -> int:
-    """Units that an orthogonal row moves, where there are so many rows: ROW_UNITS, or as many more
-    as let all units be moved by one of them; a power of two."""
-    fewest = max(min(ROW_UNITS, outputs), -(-outputs // rows))
+def row_units(outputs: int, rows: int, units: int = ROW_UNITS) -> int:
+    """Units that an orthogonal row moves, where there are so many rows: `units`, or as many more
+    as let all of them be moved by one row; a power of two."""
+    fewest = max(min(units, outputs), -(-outputs // rows))
     return 1 << (fewest - 1).bit_length()
 
 
-def most_rows(outputs: int) -> int:
+def most_rows(outputs: int, units: int = ROW_UNITS) -> int:
     """Orthogonal rows for so many outputs: a full set for each block."""
-    size = row_units(outputs, outputs)
+    size = row_units(outputs, outputs, units)
     return size * -(-outputs // size)
 
 
