@@ -94,12 +94,15 @@ def example_scores(evolution: Evolution, inputs: Tensor, labels: Tensor) -> Tens
 
 def example_gradient(evolution: Evolution, scores: Tensor) -> Parameters:
     """Sum over members and examples of (s - s0) times the formed perturbation, divided by its
-    covariance, sigma^2 c^2 / |x|^2 along x (docs/method.md)."""
+    covariance, sigma^2 c^2 / |x|^2 along x, and by how many members move the unit
+    (docs/method.md)."""
     assert isinstance(evolution.members, ExampleMembers)
     step, total = evolution._last, {}
     for block in evolution.blocks:
         perturbation = example_perturbations(evolution, block)
-        of_layer = sum(len(b) for b in evolution.blocks if b.layer == block.layer)
+        of_layer = [b for b in evolution.blocks if b.layer == block.layer]
+        rows = evolution.members.rows(evolution.members.draw(step, of_layer), 0)
+        moving = (rows[:, 0] != 0).sum(0)  # (O,)
         (call,) = [call for call in step.calls if call.index == block.layer]
         size = step.shared[block.layer]["c0"].square()
         for member in range(len(block)):
@@ -107,7 +110,8 @@ def example_gradient(evolution: Evolution, scores: Tensor) -> Parameters:
                 weight = (x.square().sum() + (call.bias is not None)) / size
                 change = scores[block.start + member, e] - step.baseline[e]
                 for name, matrix in perturbation(member, e).items():
-                    term = change * weight * matrix / of_layer / scores.shape[1]
+                    each = moving.view(-1, *[1] * (matrix.dim() - 1))
+                    term = change * weight * matrix / each / scores.shape[1]
                     total[name] = total.get(name, 0) + term
     return total
 

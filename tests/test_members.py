@@ -76,6 +76,7 @@ def test_shares_use_all_members_that_the_layers_can_have(population, most):
         (lambda: BatchMembers(7), r"7 is odd; antithetic pairs need an even number \(try 8\)"),
         (lambda: ExampleMembers(7, antithetic=True), r"try 8"),
         (lambda: ExampleMembers(0), "below 1"),
+        (lambda: ExampleMembers(8, units=0), r"units 0 is below 1 \(try 16\)"),
         (lambda: BatchMembers(4, sigma=0), "not above 0"),
         (lambda: BatchMembers(4, rank=0), "rank 0"),
         (lambda: BatchMembers(4, perturb="some"), "'all' or 'one'"),
@@ -108,9 +109,12 @@ def test_batch_gradient_equals_sum_of_materialised_perturbations(network, batch,
         assert torch.allclose(found[name], total, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("units", [2, 16])
 @pytest.mark.parametrize("antithetic", [True, False])
-def test_example_gradient_equals_sum_of_materialised_perturbations(network, batch, antithetic):
-    members = ExampleMembers(14, 0.1, antithetic=antithetic)
+def test_example_gradient_equals_sum_of_materialised_perturbations(
+    network, batch, antithetic, units
+):
+    members = ExampleMembers(14, 0.1, antithetic=antithetic, units=units)
     evolution, scores, found = estimate(network, members, batch)
     for name, total in reference.example_gradient(evolution, scores).items():
         assert torch.allclose(found[name], total, atol=1e-10)
@@ -173,6 +177,7 @@ CHUNKED = [
     BatchMembers(150, perturb="one"),
     ExampleMembers((128, 100, 8)),
     ExampleMembers((128, 100, 8), antithetic=True),
+    ExampleMembers((128, 100, 8), units=128),
 ]
 
 
