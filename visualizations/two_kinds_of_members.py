@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor, nn
 
 from eggroll import MLP, BatchMembers, Evolution, ExampleMembers, cross_entropy
+from eggroll.noise import ROW_UNITS
 from lab.data import SAMPLE, Dataset, load
 from lab.plots import plain_number
 from visualizations.canvas import (
@@ -184,6 +185,7 @@ def _perturbs(axes: Axes) -> None:
         _layer(axes, a, b, left, batch + 0.2)
         if place == 0:
             signs, image = np.sign(a), np.abs(b)  # pixels have one sign
+            signs[rows // 4 :] = 0  # it moves a few units of the layer
             _layer(axes, signs, image, left, example + 0.2)
         else:
             blank = np.zeros((rows, columns))
@@ -191,7 +193,10 @@ def _perturbs(axes: Axes) -> None:
         left += columns * CELL + 0.55
     note = f"all {weights:,} weights: A Bᵀ, both random,\nin every layer"
     write(axes, PERTURBS + 2.35, batch - 0.8, note, SMALL, va="top")
-    note = f"one layer: A of {outputs} random signs,\nB along what the layer reads (here the image)"
+    note = (
+        f"one layer: A of random signs for {ROW_UNITS} of {outputs} units,\n"
+        "B along what the layer reads (here the image)"
+    )
     write(axes, PERTURBS + 2.35, example - 0.8, note, SMALL, va="top")
 
 
@@ -216,7 +221,7 @@ def _tells(axes: Axes) -> None:
     weights, outputs = parameters(MLP()), MLP().layers[0].out_features
     note = f"1 member's score, for a step\nin {weights:,} dimensions"
     write(axes, middle, batch - 0.8, note, SMALL, va="top")
-    note = f"{BATCH} members' scores, each for\na step in {outputs} dimensions"
+    note = f"{BATCH} members' scores, each for a\nstep in {ROW_UNITS} of {outputs} dimensions"
     write(axes, middle, example - 0.8, note, SMALL, va="top")
 
 
