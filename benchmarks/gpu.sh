@@ -38,7 +38,7 @@ if [[ $device == cuda ]]; then
   runs main "backprop eggroll eggroll-int8"
   runs eager "backprop" --backend eager
 else
-  runs main "backprop eggroll" --population 12
+  runs main "eggroll" --population 12
 fi
 for population in "${populations[@]}"; do
   runs "population-$population" "eggroll-batch eggroll-batch+accuracy" \

@@ -319,6 +319,7 @@ WITHOUT_EFFECT = {
     ("overwrite", "with --resume"): "--overwrite --resume --out-dir run",
     ("perturb", "with example members"): "--perturb one",
     ("rank", "with example members"): "--rank 2",
+    ("units", "with batch members"): "--members batch --units 32",
     ("update", "without --dtype int8"): "--update votes",
     ("dtype", "with example members"): "--dtype bfloat16",
     ("shaping", "with --update votes"): "--dtype int8 --update votes --shaping none",
