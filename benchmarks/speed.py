@@ -74,6 +74,7 @@ COLUMNS += ("ratio_to_floor", "ratio_to_backprop", "device", "torch", "commit")
 COLOURS = {BARE: "backprop", "backprop": "backprop", "example-float32": "eggroll"}
 COLOURS |= {"example-int8": "eggroll-int8", "batch-float32": "eggroll-batch"}
 COLOURS |= {"batch-bfloat16": "eggroll-batch"}
+FLOOR_OF = {BARE: "backprop", "batch-bfloat16": "batch-float32"}  # where it is another's
 
 Work = Callable[[], Any]
 
@@ -301,7 +302,6 @@ def floors(config: Config, device: torch.device) -> dict[str, Work]:
         "example-float32": best_members_floor(float_layers(device), (first, second), x),
         "example-int8": best_members_floor(int8_layers(device), (first, second), integers),
         "batch-float32": lambda: (batch(), draw()),
-        "batch-bfloat16": lambda: (batch(), draw()),
     }
 
 
@@ -342,7 +342,7 @@ def measure(config: Config, device: torch.device) -> list[dict[str, Any]]:
     for what, backend in filter(lambda key: isinstance(key, tuple), work):
         own = sorted(per_step[what, backend])
         step = statistics.median(own)
-        floor = statistics.median(per_step[what.removesuffix("-bare")])
+        floor = statistics.median(per_step[FLOOR_OF.get(what, what)])
         rows.append(
             {
                 "what": what,

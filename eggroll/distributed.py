@@ -5,6 +5,7 @@ are all that is sent: every process draws the members' noise from its keys and m
 update. Without a process group all of this is what one process does.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -34,22 +35,23 @@ def share_out(
     A process may be left without a block where there are too few of them.
     """
     shares: list[list[Block]] = []
-    waiting, left = list(blocks), sum(map(cost, blocks))
+    waiting = deque((block, cost(block)) for block in blocks)
+    left = sum(own for _, own in waiting)
     for process in range(processes):
-        own: list[Block] = []
-        target = left / (processes - process)
-        while waiting and sum(map(cost, own)) < target - 1e-9 * left:
-            own.append(waiting.pop(0))
-        left -= sum(map(cost, own))
-        shares.append(own)
+        share, taken, target = [], 0.0, left / (processes - process)
+        while waiting and taken < target - 1e-9 * left:
+            block, own = waiting.popleft()
+            share.append(block)
+            taken += own
+        left -= taken
+        shares.append(share)
     return shares
 
 
-def gather(parts: Tensor) -> Tensor:
+def gather(parts: Tensor) -> None:
     """Fill in what the other processes found: each has zeros where it found nothing. In place."""
     if count() > 1:
         dist.all_reduce(parts)  # a sum with zeros is exact
-    return parts
 
 
 def from_first(ask: Callable[[], Found]) -> Found:

@@ -14,12 +14,12 @@ def bfloat16_pays(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    x, weight = torch.randn(4096, 256), torch.randn(256, 256)
-    full, few = [], []
-    for _ in range(8):  # in turn, and the best of each: another program must not change the answer
-        full.append(_seconds(x, weight))
-        few.append(_seconds(x.bfloat16(), weight.bfloat16()))
-    return min(full) > WORTH * min(few)
+    full = torch.ones(4096, 256), torch.ones(256, 256)
+    few = tuple(matrix.bfloat16() for matrix in full)
+    # in turn, and the best of each: another program must not change the answer
+    taken = [(_seconds(*full), _seconds(*few)) for _ in range(8)]
+    of_full, of_few = map(min, zip(*taken, strict=True))
+    return of_full > WORTH * of_few
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:

@@ -148,22 +148,18 @@ class Evolution:
         outputs = _widened(outputs)
         keys = Keys(self.seed, self.step, self.device)
         labels, own = self._prepared(outputs, labels, keys)
-        asked = distributed.from_first if self._asks_elsewhere else _call
-        baseline = asked(lambda: self.fitness(outputs, labels))
-        baseline = self._checked(baseline, 1, len(inputs))[0]
+        baseline = self._checked(self._ask(outputs, labels), 1, len(inputs))[0]
         self._own_scores = baseline if own is None else own
         step = self._last = Step(keys, weights, biases, calls, baseline)
-        found = outputs if self._asks_elsewhere and distributed.count() > 1 else baseline[None]
+        found = outputs if self._asked_at_the_end else baseline[None]
         # one tensor for all: a small one left by each chunk would lie in the space of the next
         scores = found.new_zeros(self.population, *found.shape[1:])
         for blocks in grouped(self.shares[distributed.rank()], self.blocks_at_once):
             own = scores[blocks[0].start : blocks[-1].stop]
             own.copy_(self._score(step, blocks, inputs, labels))
         distributed.gather(scores)
-        if found is outputs:  # of the members: one process asks for all
-            members = scores
-            scores = distributed.from_first(lambda: self.fitness(members, labels))
-            scores = self._checked(scores, self.population, len(inputs))
+        if self._asked_at_the_end:  # what was gathered are the members' outputs
+            scores = self._checked(self._ask(scores, labels), self.population, len(inputs))
         check_finite(scores, self.step)
         return scores
 
@@ -239,10 +235,16 @@ class Evolution:
         self.load_state_dict(state)
         return prepared
 
+    def _ask(self, outputs: Tensor, labels: Any) -> Tensor:
+        """The fitness of outputs; one from elsewhere is asked by the first process alone."""
+        if _is_own(self.fitness):
+            return self.fitness(outputs, labels)
+        return distributed.from_first(lambda: self.fitness(outputs, labels))
+
     @property
-    def _asks_elsewhere(self) -> bool:
-        """Whether members' outputs are scored by a function that is not the package's."""
-        return not _is_own(self.fitness)
+    def _asked_at_the_end(self) -> bool:
+        """Whether a fitness from elsewhere waits for the outputs of all processes' members."""
+        return distributed.count() > 1 and not _is_own(self.fitness)
 
     def _score(self, step: Step, blocks: list[Block], inputs: Tensor, labels: Any) -> Tensor:
         """Scores of the members of some blocks of one layer, (P,) or (P, B)."""
@@ -253,9 +255,9 @@ class Evolution:
         known = step.calls[: 1 if layer is None else order.index(layer) + 1]
         seen = inputs.expand(members if self.expand else 1, *inputs.shape)
         found = self._scorers[layer](noise, [call.y for call in known], seen, labels)
-        if self._asks_elsewhere:
-            if distributed.count() > 1:
-                return found  # the outputs: the first process asks for all members
+        if self._asked_at_the_end:
+            return found
+        if not _is_own(self.fitness):
             found = self.fitness(found, labels)
         return self._checked(found, members, len(inputs))
 
@@ -312,10 +314,6 @@ class Evolution:
 def _widened(outputs: Tensor) -> Tensor:
     """Of a forward in few bits the outputs in float32: members differ by little."""
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
-
-
-def _call(function: Callable[[], Any]) -> Any:
-    return function()
 
 
 def _is_own(fitness: Fitness) -> bool:

@@ -189,9 +189,7 @@ class Training:
     def _stops_here(self) -> bool:
         """To save, or since a signal came: where there are several processes, the first says so."""
         due = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
-        if processes.count() > 1:
-            self.stop_requested, due = processes.from_first((self.stop_requested, due))
-        return bool(self.stop_requested or due)
+        return processes.from_first(bool(self.stop_requested or due))
 
     def _after_steps(self) -> None:
         """The clock stands: evaluate at the end of an epoch, save, and stop if Ctrl-C was hit."""
@@ -201,7 +199,7 @@ class Training:
         # a diverged state must not replace a good one
         check_finite(self.fitness_sum.item(), self.step)
         # read once: a Ctrl-C during the save stops after the next step, and is saved as such
-        stop = self.stop_requested if self.step < self.total_steps else 0
+        stop = processes.from_first(self.stop_requested if self.step < self.total_steps else 0)
         self._save("interrupted" if stop else "running")
         if stop:
             script = Path(sys.argv[0]).name
@@ -257,6 +255,9 @@ class Training:
     # ---- files ----
 
     def _save(self, status: str) -> None:
+        """By the first process, which also says when."""
+        if not processes.is_first():
+            return
         state = {
             "step": self.step,
             "network": self.network.state_dict(),
@@ -270,9 +271,6 @@ class Training:
             "compile_seconds": self.compile_seconds,
             "peak_mb": self._peak_mb(),
         }
-        self.saved_at = time.monotonic()
-        if not processes.is_first():
-            return
         checkpoint.save(self.folder.checkpoint, state)
         self.folder.write_model(self.network)
         self._write_summary(status)
