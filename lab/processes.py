@@ -56,7 +56,8 @@ def own_threads() -> int:
 def join(device: torch.device) -> None:
     """Meet the other processes; once, before anything is shared."""
     if count() > 1 and not joined():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # what is said between processes goes over the CPU, also where members are on a GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
 
 
@@ -76,6 +77,15 @@ def from_first(value: Any) -> Any:
     found = [value]
     dist.broadcast_object_list(found)
     return found[0]
+
+
+def first_says(number: int) -> int:
+    """The same of a number, for every step: without pickling, at a third of the time."""
+    if count() == 1:
+        return number
+    said = torch.tensor([number])
+    dist.broadcast(said, 0)
+    return int(said)
 
 
 def first_then_all(work: Callable[[], Found]) -> Found:

@@ -189,7 +189,7 @@ class Training:
     def _stops_here(self) -> bool:
         """To save, or since a signal came: where there are several processes, the first says so."""
         due = time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
-        return processes.from_first(bool(self.stop_requested or due))
+        return bool(processes.first_says(bool(self.stop_requested or due)))
 
     def _after_steps(self) -> None:
         """The clock stands: evaluate at the end of an epoch, save, and stop if Ctrl-C was hit."""
@@ -199,7 +199,7 @@ class Training:
         # a diverged state must not replace a good one
         check_finite(self.fitness_sum.item(), self.step)
         # read once: a Ctrl-C during the save stops after the next step, and is saved as such
-        stop = processes.from_first(self.stop_requested if self.step < self.total_steps else 0)
+        stop = processes.first_says(self.stop_requested if self.step < self.total_steps else 0)
         self._save("interrupted" if stop else "running")
         if stop:
             script = Path(sys.argv[0]).name

@@ -1,7 +1,6 @@
 """Shared by the tests: small networks, and the scripts as a user runs them."""
 
 import contextlib
-import functools
 import gc
 import io
 import os
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from eggroll import MLP
-from lab import data
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ("--dataset", "mnist-sample")
@@ -31,18 +29,6 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def same_inputs_every_time():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def digits_are_parsed_once():
-    """Reading mnist-sample's text files takes seconds. Copies, since int8 converts in place."""
-    read = functools.cache(data._sample)
-
-    def copies():
-        return tuple(data.Split(s.images.clone(), s.labels.clone()) for s in read())
-
-    with mock.patch.object(data, "_sample", copies):
-        yield
 
 
 @pytest.fixture
