@@ -1,7 +1,6 @@
 """Honest time and memory: the device is synchronised at both ends, and pauses are not counted."""
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +45,8 @@ def synchronise(device: torch.device) -> None:
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory so far in MB (2^20 bytes): the allocator's on CUDA, else the process's.
 
-    On Linux VmHWM and not getrusage's figure, which a child inherits from a larger parent.
+    On Linux VmHWM and not getrusage's figure, which a child inherits from a larger parent. 0 where
+    it is not known, on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -54,6 +54,10 @@ def peak_memory_mb(device: torch.device) -> float:
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

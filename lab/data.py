@@ -22,7 +22,7 @@ FILES = [(f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in 
 
 SPLIT_SEED = 20_251_116  # of the fixed permutation that the validation split is the end of
 VALIDATION = 5_000  # images; the sample, which has 4,000, gives an eighth
-DOWNLOAD_TIMEOUT = 20  # seconds without an answer, after which a mirror counts as out of reach
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer, after which a mirror counts as out of reach
 
 
 class DataMissing(UserError):
@@ -164,16 +164,21 @@ def _download(kind: type, name: str, data_dir: Path, raw: Path) -> None:
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     print(f"{name} is not in {data_dir}: downloading it", file=sys.stderr)
     try:
-        kind(str(data_dir), download=True)
-    except Exception as error:  # network, disk, a mirror's HTML page
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataMissing(
-            f"no {name} in {raw}, and the download failed ({reason[:120]}): put the four files "
-            f"there, or name the folder that holds {kind.__name__}/raw with --data-dir or "
-            f"MNIST_DIR, or type --dataset {SAMPLE} for 5,000 digits that need no network"
-        ) from error
+        # one mirror at a time: one that falls silent would end torchvision's own search
+        for mirror in kind.mirrors:
+            only = type(kind.__name__, (kind,), {"mirrors": [mirror]})
+            try:
+                only(str(data_dir), download=True)
+                return
+            except Exception as error:  # network, disk, a mirror's HTML page
+                reason = " ".join(str(error).split()) or type(error).__name__
     finally:
         socket.setdefaulttimeout(before)
+    raise DataMissing(
+        f"no {name} in {raw}, and the download failed ({reason[:120]}): put the four files "
+        f"there, or name the folder that holds {kind.__name__}/raw with --data-dir or "
+        f"MNIST_DIR, or type --dataset {SAMPLE} for 5,000 digits that need no network"
+    )
 
 
 def _read_split(images_path: Path, labels_path: Path) -> Split:

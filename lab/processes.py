@@ -20,12 +20,17 @@ Found = TypeVar("Found")
 TIMEOUT = timedelta(minutes=10)  # the first may compile, or ask a slow fitness
 
 
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Of this run; 1 without torchrun, whatever a cluster has set WORLD_SIZE to."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def is_first() -> bool:
@@ -39,7 +44,7 @@ def name() -> str:
 
 def restarted() -> bool:
     """Whether torchrun has started this run again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return under_torchrun() and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
 
 
 def only_one(script: str) -> None:
@@ -50,7 +55,8 @@ def only_one(script: str) -> None:
 
 def own_threads() -> int:
     """The cores of this machine, shared among its processes."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+    return max(1, (os.cpu_count() or 1) // here)
 
 
 def join(device: torch.device) -> None:

@@ -4,7 +4,9 @@ import contextlib
 import gc
 import io
 import os
+import random
 import runpy
+import struct
 import subprocess
 import sys
 import warnings
@@ -29,6 +31,23 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def same_inputs_every_time():
     torch.manual_seed(0)
+
+
+def write_idx(path, array_bytes, *shape):
+    header = struct.pack(">BBBB", 0, 0, 8, len(shape)) + struct.pack(f">{len(shape)}I", *shape)
+    path.write_bytes(header + array_bytes)
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    """A folder in torchvision's layout that holds a few images."""
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, n in (("train", 80), ("t10k", 20)):
+        pixels = random.Random(prefix).randbytes(n * 784)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", pixels, n, 28, 28)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", bytes(i % 10 for i in range(n)), n)
+    return tmp_path
 
 
 @pytest.fixture

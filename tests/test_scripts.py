@@ -1,77 +1,31 @@
-"""The scripts as a user runs them: files, flags, bad input, Ctrl-C, resumption."""
+"""The scripts as a user runs them: what a run leaves, flags, help, saved weights."""
 
-import csv
-import errno
-import json
 import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, SAMPLE, call, run_script
+from conftest import SAMPLE, call
+from runs import (
+    BACKPROP,
+    BOTH,
+    EACH,
+    EGGROLL,
+    KINDS,
+    STEPS,
+    assert_one_line,
+    read_csv,
+    read_json,
+    settings,
+    train,
+)
 from safetensors.torch import load_file
 
 import mnist_backprop
 import mnist_eggroll
 from lab import cli, progress, training
-from lab.runlog import SUMMARY_KEYS, RunFolder
-from lab.training import Training
-
-BACKPROP, EGGROLL = "mnist_backprop.py", "mnist_eggroll.py"
-BOTH = pytest.mark.parametrize("script", [BACKPROP, EGGROLL])
-SMALL = (*SAMPLE, "--hidden-dim", "32", "--epochs", "2")
-PRICES = f"{ROOT / 'examples' / 'costly_confusion.py'}:minus_cost"
-STEPS = 28  # of an epoch: 3,500 digits in batches of 128
-KINDS = {
-    "backprop": (BACKPROP,),
-    "example members": (EGGROLL, "--population", "12"),
-    "smoothed prices": (EGGROLL, "--fitness", PRICES, "--population", "12"),
-    "batch members": (EGGROLL, "--members", "batch", "--population", "16"),
-    "one-layer members": (
-        EGGROLL,
-        *["--members", "batch", "--perturb", "one", "--population", "12"],
-    ),
-    "int8": (EGGROLL, "--dtype", "int8", "--population", "12"),
-    "int8 by votes": (EGGROLL, "--dtype", "int8", "--update", "votes", "--population", "12"),
-}
-EACH = pytest.mark.parametrize("kind", KINDS)
-
-
-def read_csv(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def read_json(path):
-    return json.loads(path.read_text())
-
-
-def train(kind, out, *flags, code=0):
-    script, *own = KINDS[kind]
-    done = call(script, *SMALL, *own, "--out-dir", out, *flags)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def assert_one_line(done, *messages):
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    for message in messages:
-        assert message in done.stderr
-
-
-def settings(script, *flags):
-    """Every flag as the script would use it."""
-    done = call(script, "--print-config", *flags)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["flags"]
-
+from lab.runlog import SUMMARY_KEYS
 
 # ---- what a run leaves ----
 
@@ -348,259 +302,6 @@ def test_a_flag_without_effect_is_refused(name, why, tmp_path, monkeypatch):
     done = call(EGGROLL, "--print-config", *WITHOUT_EFFECT[name, why].split())
     flag = name.replace("_", "-")
     assert_one_line(done, f"error: --{flag}", f"has no effect {why} (leave it out)")
-
-
-# ---- what can go wrong outside ----
-
-
-def test_damaged_data_is_named_in_one_line(tmp_path):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        (raw / f"{name}-ubyte").write_bytes(b"rubbish")
-    done = call(BACKPROP, "--data-dir", tmp_path, "--out-dir", tmp_path / "run")
-    assert_one_line(done, "train-images-idx3-ubyte is damaged")
-
-
-def test_an_out_dir_that_cannot_be_is_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    assert_one_line(train("backprop", tmp_path / "file" / "run", code=2), str(tmp_path / "file"))
-
-
-@pytest.mark.parametrize("kind", ["backprop", "example members"])
-def test_a_full_disk_gets_its_line_and_loses_nothing(kind, tmp_path):
-    """A limit on file size stands for the disk: the checkpoint no longer fits."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
-    try:  # python ignores SIGXFSZ, so that the write fails with EFBIG
-        done = train(kind, tmp_path / "run", code=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert_one_line(done, os.strerror(errno.EFBIG), "checkpoint.pt")
-    assert not list((tmp_path / "run").glob(".*.part"))
-    assert len(read_csv(tmp_path / "run" / "metrics.csv")) >= 1
-
-
-def test_divergence_is_named_and_keeps_the_last_checkpoint(tmp_path):
-    assert_one_line(train("backprop", tmp_path, "--lr", "1e6", code=2), "diverged", "--lr")
-    assert read_json(tmp_path / "summary.json")["status"] == "failed"
-    assert "failed at step" in (tmp_path / "train.log").read_text()
-
-
-def test_a_fitness_that_collapses_stops_the_run(tmp_path):
-    """At this rate the weights blow up, and every number stays finite."""
-    flags = ("--lr", "3", "--lr-schedule", "constant", "--epochs", "8")
-    flags = (*flags, "--fitness", "cross-entropy")
-    assert_one_line(train("batch members", tmp_path, *flags, code=2), "diverged: the fitness fell")
-    assert read_json(tmp_path / "summary.json")["status"] == "failed"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_a_broken_compiler_costs_a_line_and_the_run_goes_on_eagerly(dtype, tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("g++", "c++", "clang++"):
-        (tools / name).write_text("#!/bin/sh\nexit 1\n")
-        (tools / name).chmod(0o755)
-    env = {"PATH": f"{tools}:{os.environ['PATH']}", "CXX": str(tools / "g++")}
-    env |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
-    flags = (*SMALL, "--population", "12", "--backend", "compile", "--dtype", dtype)
-    flags = (*flags, "--out-dir", tmp_path / "run")
-    done = run_script(EGGROLL, *flags, env=env)
-    assert done.returncode == 0, done.stderr
-    warnings = done.stderr.splitlines()
-    assert len(warnings) == 1 and "going on with backend eager" in warnings[0], done.stderr
-    assert read_json(tmp_path / "run" / "summary.json")["status"] == "finished"
-
-
-@BOTH
-def test_libraries_add_no_noise_of_their_own(script, tmp_path):
-    """Such as "No CUDA runtime is found", where there is a compiler to look for."""
-    done = run_script(script, *SMALL, "--epochs", "1", "--out-dir", tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-
-
-# ---- Ctrl-C and resumption ----
-
-
-def ctrl_c_after(steps, monkeypatch):
-    record = Training.record
-
-    def stopping(self, fitness):
-        record(self, fitness)
-        if self.step == steps:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Training, "record", stopping)
-
-
-@EACH
-@pytest.mark.parametrize("more", ["", "adam"])
-def test_ctrl_c_saves_and_resumption_gives_the_bits_of_an_uninterrupted_run(
-    kind, more, tmp_path, monkeypatch
-):
-    if more and "int8" in kind:
-        pytest.skip("int8 has an optimizer of its own")
-    flags = ["--epochs", "3", *(["--optimizer", "adam", "--lr", "0.001"] if more else [])]
-    train(kind, tmp_path / "whole", *flags)
-    with monkeypatch.context() as patch:
-        ctrl_c_after(STEPS + 12, patch)
-        done = train(kind, tmp_path / "stopped", *flags, code=130)
-    assert len(done.stderr.splitlines()) == 1 and f"step {STEPS + 12}" in done.stderr
-    assert read_json(tmp_path / "stopped" / "summary.json")["status"] == "interrupted"
-    script, *typed = done.stderr.partition("python ")[2].split()
-    done = call(script, *typed)  # the command that the line names
-    assert done.returncode == 0, done.stderr
-    assert "going on from step 40" in done.stdout
-    model = [tmp_path / run / "model.safetensors" for run in ("whole", "stopped")]
-    assert model[0].read_bytes() == model[1].read_bytes()
-    tables = [read_csv(tmp_path / run / "metrics.csv") for run in ("whole", "stopped")]
-    for row in (*tables[0], *tables[1]):
-        del row["train_seconds"]
-    assert tables[0] == tables[1]
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def start(out, *flags):
-    """Backprop in a process of its own, once its first epoch is done."""
-    command = [sys.executable, ROOT / BACKPROP, *SMALL, "--out-dir", out, "--epochs", "100", *flags]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    wait_for((out / "checkpoint.pt").exists)
-    return process
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_a_signal_to_stop_saves_and_ends_the_process_with_its_number(number, code, tmp_path):
-    process = start(tmp_path)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == code and len(stderr.splitlines()) == 1, stderr
-    assert "--resume" in stderr
-    assert read_json(tmp_path / "summary.json")["status"] == "interrupted"
-
-
-def test_a_run_whose_output_nobody_reads_goes_on_to_its_end(tmp_path):
-    process = start(tmp_path, "--epochs", "4")
-    process.stdout.close()  # as `| head` does
-    assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == ""
-    assert read_json(tmp_path / "summary.json")["status"] == "finished"
-    assert "epoch 4/4" in (tmp_path / "train.log").read_text()
-
-
-def test_a_run_that_replaced_another_can_be_resumed(tmp_path, monkeypatch):
-    train("backprop", tmp_path)
-    with monkeypatch.context() as patch:
-        ctrl_c_after(5, patch)
-        train("backprop", tmp_path, "--overwrite", code=130)
-    assert call(BACKPROP, "--resume", "--out-dir", tmp_path).returncode == 0
-    assert_one_line(
-        call(BACKPROP, "--resume", "--overwrite", "--out-dir", tmp_path),
-        "--overwrite has no effect",
-    )
-
-
-def test_a_killed_run_leaves_complete_files_and_can_be_resumed(tmp_path):
-    process = start(tmp_path)
-    time.sleep(0.3)
-    process.kill()
-    process.communicate()
-    torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert read_json(tmp_path / "summary.json")["status"] == "running"
-    load_file(tmp_path / "model.safetensors")
-    assert call(BACKPROP, "--resume", "--out-dir", tmp_path).returncode == 0
-    assert read_json(tmp_path / "summary.json")["status"] == "finished"
-
-
-def test_threads_and_backend_are_stored_and_kept(tmp_path, monkeypatch):
-    """Both change bits, and what auto means may change between two calls."""
-    with monkeypatch.context() as patch:
-        ctrl_c_after(5, patch)
-        train("backprop", tmp_path, "--threads", "2", code=130)
-    flags = read_json(tmp_path / "config.json")["flags"]
-    assert (flags["threads"], flags["backend"]) == (2, "eager")
-    resume = ("--resume", "--out-dir", tmp_path)
-    assert_one_line(call(BACKPROP, *resume, "--threads", "1"), "--threads was 2")
-    assert_one_line(call(BACKPROP, *resume, "--backend", "compile"), "--backend was eager")
-    monkeypatch.setattr(mnist_backprop, "choose_backend", lambda *_, **__: "compile")
-    done = call(BACKPROP, *resume)
-    assert done.returncode == 0 and "2 threads, eager" in done.stdout
-
-
-def test_resumption_refuses_what_would_be_another_run(tmp_path):
-    train("backprop", tmp_path / "run", "--epochs", "1")
-    resume = ("--resume", "--out-dir", tmp_path / "run")
-    done = call(BACKPROP, *resume, "--lr", "0.7", "--momentum", "0.5")
-    assert_one_line(done, "--lr was 0.1 and is 0.7 now, --momentum was 0.9")
-    assert_one_line(call(BACKPROP, *resume, "--hidden-dim", "64"), "--hidden-dim was 32")
-    assert_one_line(call(EGGROLL, *resume), "holds a run of backprop")
-    nowhere = ("--resume", "--out-dir", tmp_path / "nowhere")
-    assert_one_line(call(BACKPROP, *nowhere), "no run to resume")
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [("checkpoint.pt", "rubbish"), ("config.json", "rubbish"), ("config.json", "{}")],
-)
-def test_a_damaged_run_is_not_resumed_and_keeps_its_files(file, content, tmp_path):
-    train("backprop", tmp_path, "--epochs", "1")
-    (tmp_path / file).write_text(content)
-    (tmp_path / "checkpoint.previous.pt").unlink()
-    done = call(BACKPROP, "--resume", "--out-dir", tmp_path)
-    assert_one_line(done, str(tmp_path / file), "--overwrite")
-    assert (tmp_path / file).read_text() == content and (tmp_path / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("kind", ["backprop", "int8"])
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, tmp_path):
-    script, _ = KINDS[kind][0], train(kind, tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    content = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
-    done = call(script, "--resume", "--out-dir", tmp_path)
-    assert done.returncode == 0 and "going on from checkpoint.previous.pt" in done.stderr
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_without_a_checkpoint_a_resumed_run_starts_at_step_0(tmp_path):
-    train("example members", tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    for name in ("checkpoint.pt", "model.safetensors", "metrics.csv", "summary.json"):
-        (tmp_path / name).unlink()
-    (tmp_path / "checkpoint.previous.pt").unlink()
-    done = call(EGGROLL, "--resume", "--out-dir", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_a_finished_run_is_kept_unless_told_otherwise(tmp_path):
-    train("backprop", tmp_path)
-    before = (tmp_path / "metrics.csv").read_bytes()
-    assert_one_line(train("backprop", tmp_path, code=2), "--overwrite", "--resume")
-    assert (tmp_path / "metrics.csv").read_bytes() == before
-    train("backprop", tmp_path, "--overwrite", "--epochs", "1")
-    assert len(read_csv(tmp_path / "metrics.csv")) == 2
-
-
-def test_two_runs_do_not_share_a_folder(tmp_path):
-    other = RunFolder(tmp_path, resume=False, overwrite=False)
-    assert_one_line(train("backprop", tmp_path, code=2), "another process")
-    del other
 
 
 # ---- saved weights ----
