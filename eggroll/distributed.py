@@ -14,6 +14,11 @@ from torch import Tensor
 
 from eggroll.members import Block
 
+if dist.is_available():
+    # Its functions bind the default group when they are imported, and torch.optim imports them: a
+    # group that is there by then lives for ever, and its threads can crash the end of a process
+    import torch.distributed.nn.functional  # noqa: F401
+
 Found = TypeVar("Found")
 
 

@@ -1,10 +1,13 @@
 """One population over several processes: the same bits as one, and ends that are clean."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT, run_command
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,22 +57,50 @@ def test_the_script_shares_out_its_members_and_has_one_voice(tmp_path):
     assert done.stdout.count("finished: ") == 1
 
 
-def test_another_number_of_processes_goes_on_with_the_same_bits(tmp_path):
-    flags, out = ("--population", "20"), tmp_path / "parts"
-    run(1, tmp_path / "whole", *flags, epochs=16)
-    process = subprocess.Popen(
-        command(2, out, *flags, epochs=16), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+LONG = {"epochs": 16}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The weights of a run of one process that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert run(1, out, "--population", "20", **LONG).returncode == 0
+    return weights(out)
+
+
+def start(out, *torchrun):
+    """Two processes, once two checkpoints are there."""
+    words = command(2, out, "--population", "20", **LONG)
+    words[3:3] = torchrun
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, cwd=ROOT, **pipes)
     while not (out / "checkpoint.previous.pt").exists():
         assert process.poll() is None
         time.sleep(0.05)
+    return process
+
+
+def test_another_number_of_processes_goes_on_with_the_same_bits(whole, tmp_path):
+    process = start(tmp_path)
     process.terminate()
     process.communicate(timeout=60)
-    assert json.loads((out / "summary.json").read_text())["status"] == "interrupted"
-    done = run(3, out, *flags, "--resume", epochs=16)
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "interrupted"
+    done = run(3, tmp_path, "--population", "20", "--resume", **LONG)
     assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stdout
-    assert weights(tmp_path / "whole") == weights(out)
+    assert weights(tmp_path) == whole
+
+
+def test_torchrun_starts_a_killed_run_again_by_itself(whole, tmp_path):
+    process = start(tmp_path, "--max-restarts", "1")
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert b"going on from step" in stdout
+    assert weights(tmp_path) == whole
 
 
 def test_what_is_wrong_is_said_once(tmp_path):
