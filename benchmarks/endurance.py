@@ -56,7 +56,7 @@ KINDS = {
     "batch members": (*EGGROLL, "--members", "batch", "--backend", "eager"),
 }
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-COLUMNS = ("what", "cases", "wrong", "seconds", "device", "torch", "commit")
+COLUMNS = ("what", "cases", "wrong", "seconds", "ended_within", "device", "torch", "commit")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ def check_files(out: Path) -> None:
         assert len(lengths) == 1, path
 
 
-def kill_and_resume(command: Sequence[str], kills: int, luck: random.Random, one: bool) -> None:
-    """One kind of run: killed `kills` times in all, in as many runs as that takes."""
+def kill_and_resume(command: Sequence[str], kills: int, luck: random.Random, one: bool) -> float:
+    """One kind of run: killed `kills` times in all, in as many runs as that takes. Returns the
+    longest time in which a run, with all its processes, was at its end."""
+    ended_within = 0.0
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         whole = ended(start(command, Path(folder) / "whole"), Path(folder) / "whole")
@@ -125,7 +127,9 @@ def kill_and_resume(command: Sequence[str], kills: int, luck: random.Random, one
                 victims = children(process) if one else [process.pid]
                 for pid in luck.sample(victims, min(1, len(victims))):
                     os.kill(pid, signal.SIGKILL)
+                killed = time.monotonic()
                 process.wait(timeout=60)  # one that is killed ends all of them
+                ended_within = max(ended_within, time.monotonic() - killed)
                 process.stderr.close()
                 kills -= 1
                 check_files(out)
@@ -134,6 +138,7 @@ def kill_and_resume(command: Sequence[str], kills: int, luck: random.Random, one
                 assert ended(process, out) == whole, "other bits"
                 flags = ("--overwrite",)
         assert ended(start(command, out, *flags), out) == whole, "other bits"
+    return ended_within
 
 
 # ---- rubbish ----
@@ -278,10 +283,13 @@ def fuzz(cases: int) -> dict[str, int]:
 # ---- both ----
 
 
-def row(what: str, cases: int, seconds: float) -> dict[str, Any]:
+def row(what: str, cases: int, seconds: float, ended_within: float | None = None) -> dict[str, Any]:
+    """`ended_within`: seconds from a kill to the end of the last process."""
     print(f"{what}: {cases} cases, none wrong, {seconds:.0f} s", flush=True)
     made = provenance(torch.device("cpu"))
-    return {"what": what, "cases": cases, "wrong": 0, "seconds": round(seconds), **made}
+    counts = {"cases": cases, "wrong": 0, "seconds": round(seconds)}
+    counts["ended_within"] = "" if ended_within is None else round(ended_within, 1)
+    return {"what": what, **counts, **made}
 
 
 def main() -> None:
@@ -293,8 +301,8 @@ def main() -> None:
         kills = config.kills // len(plans) + (place < config.kills % len(plans))
         started = time.monotonic()
         if kills:
-            kill_and_resume(command, kills, luck, one)
-            rows.append(row(f"kills: {kind}", kills, time.monotonic() - started))
+            ended_within = kill_and_resume(command, kills, luck, one)
+            rows.append(row(f"kills: {kind}", kills, time.monotonic() - started, ended_within))
     started = time.monotonic()
     if config.cases:
         tried = fuzz(config.cases)

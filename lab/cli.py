@@ -326,7 +326,7 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
     warnings.showwarning = show
     warnings.filterwarnings("ignore", module=r"(?!eggroll|lab)")
     try:
-        main()
+        processes.recorded(main)()
         processes.leave()
     except (Interrupted, KeyboardInterrupt) as stop:
         if str(stop) and processes.is_first():
@@ -340,6 +340,8 @@ def run_script(main: Callable[[], None], name: str, errors: tuple[type[Exception
         where = f"{error.filename}: " if error.filename else ""
         _fail(name, f"{where}{error.strerror or error}" + (f" ({advice})" if advice else ""))
     except (MemoryError, RuntimeError) as error:
+        if processes.lost_another(error):
+            _fail(name, "another process has ended (go on from the last checkpoint with --resume)")
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         _fail(name, "out of memory: try a smaller --hidden-dim, --batch-size or --chunk-size")

@@ -64,11 +64,35 @@ def join(device: torch.device) -> None:
     if count() > 1 and not joined():
         # what is said between processes goes over the CPU, also where members are on a GPU
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        options = {"rank": rank(), "world_size": count(), "timeout": TIMEOUT}
+        dist.init_process_group(backend, store=_store(), **options)
+
+
+def _store() -> dist.Store | None:
+    """Where the processes of this attempt find each other. torchrun's own store still has the
+    addresses of those before; over several machines its counts of restarts can differ."""
+    if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+        return None
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def joined() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def recorded(main: Callable[[], None]) -> Callable[[], None]:
+    """The same, whose error torchrun repeats in its last words."""
+    if not under_torchrun():
+        return main
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(main)
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether that is what the end of another process does to this one."""
+    return joined() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def leave() -> None:

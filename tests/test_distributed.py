@@ -99,6 +99,7 @@ def test_torchrun_starts_a_killed_run_again_by_itself(whole, tmp_path):
     os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
+    assert b"process 0 of 2: another process has ended" in stderr and b"Traceback" not in stderr
     assert b"going on from step" in stdout
     assert weights(tmp_path) == whole
 
