@@ -1,7 +1,7 @@
 """Layers whose weights are signs: what is computed with is sign(W), and what is trained is W.
 
 python -m examples.binary_weights                               (seconds; 92 % of 1,000 test digits)
-python -m examples.binary_weights --dataset mnist --epochs 10   (minutes; 97.6 % of 10,000)
+python -m examples.binary_weights --dataset mnist --epochs 10   (minutes; 97.4 % of 10,000)
 
 Members perturb the matrix of signs, and the estimate moves the W behind it: W collects what its
 sign ought to be. That is the straight-through rule (Bengio et al. 2013, arXiv 1308.3432;

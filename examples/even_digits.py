@@ -2,7 +2,7 @@
 
 python mnist_eggroll.py --fitness examples/even_digits.py:even_hits
 
-What comes out after ten epochs: 99 % of the even digits, and none of the odd ones is asked for.
+What comes out after six epochs: 99 % of the even digits, and none of the odd ones is asked for.
 """
 
 from torch import Tensor

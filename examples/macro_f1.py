@@ -2,7 +2,7 @@
 
 python mnist_eggroll.py --fitness examples/macro_f1.py:macro_f1
 
-What comes out after ten epochs, two minutes on two cores: 97.2 % of the test images right.
+What comes out after six epochs, two minutes on one core: 97.4 % of the test images right.
 
 F1 of a class is the harmonic mean of how many of its answers are right and how many of its digits
 are found. It is made of counts, so it has no gradient, and the mean over the classes is no mean
