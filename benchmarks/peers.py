@@ -1,4 +1,4 @@
-"""EGGROLL beside three libraries for evolution strategies, on the same task and the same CPU.
+"""EGGROLL beside four libraries for evolution strategies, on the same task and the same CPU.
 
 pip install -r benchmarks/requirements.txt
 python benchmarks/peers.py            # seconds per generation, and accuracy after a minute of each
@@ -8,8 +8,8 @@ Same for all: network (784-256-256-10, GELU, no biases) and its first weights, p
 fitness (log-likelihood of the labels at temperature 2), float32 on the CPU. Population counts the
 members that see each image; 528 is the most that example members have. Each library goes its own
 fastest documented way of those that were tried (its adapter says which). They differ in how they
-perturb: EGGROLL's batch members and evox-lora draw rank-one noise; evosax, evotorch and evox draw
-full-rank noise and form the whole population in memory.
+perturb: EGGROLL's batch members, torcheggroll and evox-lora draw rank-one noise; evosax, evotorch
+and evox draw full-rank noise. All but EGGROLL and evox-lora form the whole population in memory.
 
 Every library works in a process of its own. Batch members and one other library take turns of
 `--turn` seconds (one generation at the least) after two untimed generations; times are medians over
@@ -61,12 +61,12 @@ COLUMNS = ("library", "version", "algorithm", "population", "seconds_per_generat
 COLUMNS += ("ratio_to_ours", "accuracy", "train_seconds", "generations", "batch", "split")
 COLUMNS += ("device", "torch", "commit")
 OURS = "eggroll-batch"
-Name = Literal["eggroll-example", "evosax", "evotorch", "evox", "evox-lora"]
+Name = Literal["eggroll-example", "evosax", "evotorch", "evox", "evox-lora", "torcheggroll"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """EGGROLL beside evosax, evotorch and EvoX: seconds per generation, and what a minute buys."""
+    """EGGROLL beside other libraries: seconds per generation, and what a minute buys."""
 
     only: tuple[Name, ...] = ()
     """What to compare batch members with (default: all that is installed)."""
@@ -328,6 +328,27 @@ class EvoxLora(Evox):
         return {"algorithm": algorithm, "problem": problem}
 
 
+class Torcheggroll:
+    """Another EGGROLL in PyTorch: antithetic pairs, rank one, all members' weights by vmap."""
+
+    package, algorithm = "torcheggroll", "rank 1, antithetic, SGD 1.0, sigma 0.02"
+    lr, sigma = 1.0, 0.02
+
+    def __init__(self, start: MLP, population: int, seed: int):
+        from torcheggroll import TorchEggrollES
+
+        self.start = start
+        self.search = TorchEggrollES(start, population, sigma=self.sigma, lr=self.lr, rank=1)
+        self.search.epoch = seed << 20  # its noise is keyed by the number of the step alone
+
+    def generation(self, images: Tensor, labels: Tensor, progress: float) -> None:
+        self.search.lr = self.lr * (1 - progress)
+        self.search.step(images, lambda y, t: F.cross_entropy(y / TEMPERATURE, t), labels)
+
+    def weights(self) -> list[Tensor]:
+        return [layer.weight.detach() for layer in self.start.layers]
+
+
 PEERS: dict[str, type[Peer]] = {
     OURS: BatchEggroll,
     "eggroll-example": ExampleEggroll,
@@ -335,6 +356,7 @@ PEERS: dict[str, type[Peer]] = {
     "evotorch": Evotorch,
     "evox": Evox,
     "evox-lora": EvoxLora,
+    "torcheggroll": Torcheggroll,
 }
 
 
