@@ -1,7 +1,9 @@
 """One population over several processes: the same bits as one, and ends that are clean."""
 
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -108,6 +110,15 @@ def test_what_is_wrong_is_said_once(tmp_path):
     done = run(2, tmp_path, "--population", "1")
     assert done.returncode != 0
     assert done.stderr.count("mnist_eggroll.py: error:") == 1
+
+
+def test_a_disk_that_is_full_for_the_first_process_ends_all_of_them(tmp_path):
+    """A limit on file size stands for the disk: the checkpoint no longer fits."""
+    words = shlex.join(command(2, tmp_path, "--population", "20"))
+    done = run_command("bash", "-c", f"ulimit -f 60; exec {words}", timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("mnist_eggroll.py: error: process 0 of 2: ") == 1
+    assert os.strerror(errno.EFBIG) in done.stderr
 
 
 def test_backprop_is_not_run_several_times(tmp_path):
