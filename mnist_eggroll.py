@@ -63,12 +63,13 @@ PRESETS = {
     "eggroll-batch": BATCH | {"population": "832", "lr": 0.015},
     "eggroll-batch-one-layer": BATCH | ONE_LAYER | {"population": "5120", "lr": 0.012},
 }
-# Hits move only where an answer does, and a digit that nobody answers never comes back
+# Scores that move only where an answer does want larger steps to see them
 BATCH_HITS = {"sigma": 0.04, "lr": 0.015}
-# A smoothed fitness: with example members every one but cross-entropy
+# A smoothed fitness: every one but cross-entropy; with batch members hits alone, since other scores
+# of a whole batch are smooth by themselves, and a digit that is lost to raw hits never comes back
 SMOOTHED = {"smoothing": 2.0, "smoothing_samples": 256}
 SMOOTHED_RATE = 2 / 3  # of the preset's learning rate
-WHOLE_BATCH = {"smoothing_samples": 1024}  # one score for all examples tells less of each
+MANY_SAMPLES = {"smoothing_samples": 1024}  # where one score for all examples tells less of each
 # populations of --quick, and on a GPU (not measured)
 QUICK = {"eggroll": "48", "eggroll-int8": "48", "eggroll-batch": "128"}
 QUICK |= {"eggroll-batch-one-layer": "384"}
@@ -110,10 +111,10 @@ class EvolutionFlags:
     fitness: FitnessName = "cross-entropy"
     """A function of your own: outputs (P, B, 10), labels (B,) -> scores (P, B) or (P,)."""
     smoothing: PresetFloat = None
-    """Noise on the outputs that smooths the fitness; 0 is off. Example members: 2, with
-    cross-entropy 0."""
+    """Noise on the outputs that smooths the fitness; 0 is off. Accuracy: 2; a function of your own:
+    2 with example members; cross-entropy: 0."""
     smoothing_samples: PresetInt = None
-    """Noisy copies of the outputs scored in a step: 256, or 1024 where the batch has one score."""
+    """Noisy copies of the outputs scored in a step: 256, or 1024 where a score is the batch's."""
     temperature: PresetFloat = None
     """Of the softmax in the cross-entropy; above 1, examples that are right still count."""
     shaping: preset_name("z-score", "centered-rank", "sign", "none") = None
@@ -181,11 +182,12 @@ def method_name(config: Config) -> str:
 
 
 def smoothing(flags: EvolutionFlags) -> float:
-    """Standard deviation of the noise on the outputs: of example members, unless the fitness is
-    smooth by itself."""
+    """Standard deviation of the noise on the outputs, unless the fitness is smooth by itself."""
     if flags.smoothing is not None:
         return flags.smoothing
-    jumps = flags.members == "example" and flags.fitness != "cross-entropy"
+    jumps = flags.fitness == "accuracy"
+    if flags.members == "example":
+        jumps = flags.fitness != "cross-entropy"
     return SMOOTHED["smoothing"] if jumps else 0.0
 
 
@@ -208,7 +210,7 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
     """What this run's row of the table says, for its length, device and activation."""
     method, flags = method_name(config), config.evolution
     usual = PRESETS[method]
-    if method == "eggroll-batch" and flags.fitness != "cross-entropy":
+    if method == "eggroll-batch" and flags.fitness != "cross-entropy" and not smoothing(flags):
         usual = usual | BATCH_HITS
     if flags.members == "example":
         usual = usual | BY_ACTIVATION.get(config.network.activation, {})
@@ -223,7 +225,7 @@ def preset(config: Config, device: torch.device) -> dict[str, Any]:
     values["smoothing"] = 0.0
     if smoothing(flags):
         values |= SMOOTHED | {"lr": SMOOTHED_RATE * values["lr"]}
-        values |= WHOLE_BATCH if whole_batch else {}
+        values |= MANY_SAMPLES if whole_batch or flags.members == "batch" else {}
     if flags.dtype == "int8":
         values |= {"update": "error-feedback"}
     if flags.update == "votes":
