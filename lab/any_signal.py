@@ -65,16 +65,19 @@ def draw_panel(axes: Axes, part: Summaries) -> None:
         axes.hlines(place, *ends, color="#c8c8c8", lw=2, zorder=1)
         for method, own in seeds.items():
             axes.hlines(place, min(own), max(own), color=colour(method), lw=5, alpha=0.4)
-            mark(axes, place, means[method], colour(method), best=means[method] == ends[1])
+            side = ends.index(means[method]) if means[method] in ends else None
+            mark(axes, place, means[method], colour(method), side if len(means) > 1 else 1)
     axes.set_yticks(range(len(labels)), [LABELS.get(label, label) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
 
 
-def mark(axes: Axes, place: int, mean: float, paint: str, best: bool) -> None:
-    """A dot with its number: the best's to the right, the others' to the left."""
+def mark(axes: Axes, place: int, mean: float, paint: str, side: int | None) -> None:
+    """A dot with its number: the best's (side 1) to the right, the worst's (0) to the left, else
+    below."""
     axes.plot(mean, place, "o", ms=9, color=paint)
+    offset, across = {0: ((-9, 0), "right"), 1: ((9, 0), "left"), None: ((0, -14), "center")}[side]
     axes.annotate(
-        f"{mean:.1f}", (mean, place), (9 if best else -9, 0), textcoords="offset points",
-        va="center", ha="left" if best else "right", color=paint, fontweight="bold", fontsize=10,
+        f"{mean:.1f}", (mean, place), offset, textcoords="offset points", va="center", ha=across,
+        color=paint, fontweight="bold", fontsize=10,
     )  # fmt: skip
