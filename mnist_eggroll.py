@@ -185,10 +185,10 @@ def smoothing(flags: EvolutionFlags) -> float:
     """Standard deviation of the noise on the outputs, unless the fitness is smooth by itself."""
     if flags.smoothing is not None:
         return flags.smoothing
-    jumps = flags.fitness == "accuracy"
-    if flags.members == "example":
-        jumps = flags.fitness != "cross-entropy"
-    return SMOOTHED["smoothing"] if jumps else 0.0
+    smooth = flags.fitness == "cross-entropy" or (
+        flags.members == "batch" and flags.fitness != "accuracy"
+    )
+    return 0.0 if smooth else SMOOTHED["smoothing"]
 
 
 def of_the_batch(config: Config, device: torch.device) -> bool:

@@ -21,13 +21,13 @@ from eggroll.members import make_blocks
 SMALL = ("--dataset", "mnist-sample", "--hidden-dim", "32", "--threads", "1")
 
 
-def launcher(processes):
+def launcher(processes, *options):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return [sys.executable, *(torchrun if processes > 1 else [])]
+    return [sys.executable, *(torchrun if processes > 1 else []), *options]
 
 
-def command(processes, out, *flags, script="mnist_eggroll.py", epochs=1):
-    start = [*launcher(processes), ROOT / script, *SMALL]
+def command(processes, out, *flags, script="mnist_eggroll.py", epochs=1, options=()):
+    start = [*launcher(processes, *options), ROOT / script, *SMALL]
     return [str(word) for word in (*start, "--epochs", epochs, "--out-dir", out, *flags)]
 
 
@@ -70,10 +70,9 @@ def whole(tmp_path_factory):
     return weights(out)
 
 
-def start(out, *torchrun):
+def start(out, *options):
     """Two processes, once two checkpoints are there."""
-    words = command(2, out, "--population", "20", **LONG)
-    words[3:3] = torchrun
+    words = command(2, out, "--population", "20", options=options, **LONG)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(words, cwd=ROOT, **pipes)
     while not (out / "checkpoint.previous.pt").exists():
