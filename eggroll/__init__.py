@@ -1,20 +1,31 @@
-"""EGGROLL: Evolution Strategies with low-rank perturbations, for any network and any fitness."""
+"""EGGROLL: evolution strategies with low-rank perturbations, for any network and any fitness."""
 
-from eggroll.compiled import BackendError
+from eggroll.block_low_rank import BlockLowRank
+from eggroll.blocks import PopulationError
 from eggroll.evolution import Evolution
-from eggroll.fitness import FitnessError, accuracy, cross_entropy, smoothed
-from eggroll.members import BatchMembers, ExampleMembers, PopulationError
-from eggroll.model import MLP
+from eggroll.fitness import (
+    FitnessError,
+    accuracy,
+    centered_rank,
+    cross_entropy,
+    identity,
+    z_score,
+)
+from eggroll.low_rank import LowRank
+from eggroll.node_perturbation import NodePerturbation
+from eggroll.smoothing import Smoothing
 
 __all__ = [
-    "MLP",
-    "BackendError",
-    "BatchMembers",
+    "BlockLowRank",
     "Evolution",
-    "ExampleMembers",
     "FitnessError",
+    "LowRank",
+    "NodePerturbation",
     "PopulationError",
+    "Smoothing",
     "accuracy",
+    "centered_rank",
     "cross_entropy",
-    "smoothed",
+    "identity",
+    "z_score",
 ]

@@ -1,321 +1,325 @@
-"""The trainer: evaluate a population, and fill .grad from its scores. No gradient is ever taken.
+"""The trainer: evaluate a population and fill .grad from its scores, without backpropagation.
 
-evolution = Evolution(network, cross_entropy(), ExampleMembers(144))
-optimizer = torch.optim.SGD(network.parameters(), lr=0.04, momentum=0.9)
+evolution = Evolution(network, cross_entropy, BlockLowRank(6000))
+optimizer = torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9)
 for inputs, labels in batches:
-    scores = evolution.evaluate(inputs, labels)  # forwards only
-    evolution.backward(scores)  # where backprop has loss.backward()
+    scores = evolution.evaluate(inputs, labels)  # forward passes only
+    evolution.backward(scores)  # fills .grad, like loss.backward()
     optimizer.step()
+
+Shapes: P members, B examples, I / O inputs / outputs of a layer.
 """
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from eggroll import distributed, fused
-from eggroll.compiled import BackendError, Compiled
-from eggroll.evolving import find_evolving, inspect, positions
+from eggroll.block_low_rank import BlockLowRank
+from eggroll.blocks import Blocks, Call, Chunk, Draw, Layer, PopulationError
 from eggroll.fitness import Fitness, check_finite, check_scores
-from eggroll.int8 import kernels
-from eggroll.members import (
-    BatchMembers,
-    Block,
-    ExampleMembers,
-    Step,
-    grouped,
-    make_blocks,
-)
-from eggroll.noise import Keys
-from eggroll.seam import forward, record
+from eggroll.inspection import Probe, check_leading_axis
+from eggroll.low_rank import LowRank
+from eggroll.node_perturbation import NodePerturbation
+from eggroll.noise import generator
+from eggroll.smoothing import Smoothing
+
+Estimator = BlockLowRank | LowRank | NodePerturbation
+# Output of a layer in the population's forward, of: position of the call, index of the layer, input
+Forward = Callable[[int, int, Tensor], Tensor]
+
+# Numbers in the largest tensor of a chunk: what a CPU's caches hold, and enough to fill a card
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 30}
 
 
 class Evolution:
     """EGGROLL on any nn.Module: weights and biases of every nn.Linear evolve.
 
-    network     takes inputs (B, ...), and the same with one more leading axis
-    fitness     outputs (P, B, ...), labels -> scores (P, B) or (P,); higher is better. One that has
-                `prepare(outputs, labels, generator)`, as Smoothed does, is asked for it first, with
-                the unperturbed outputs (B, ...): it returns what the fitness reads in place of
-                labels, and the unperturbed network's scores
-    members     BatchMembers or ExampleMembers
-    seed        keys all noise, with the step
-    chunk_size  members evaluated at once, in whole blocks: memory and speed, never a result
-    backend     "eager", "compile" (a fitness from elsewhere runs eagerly with either; integers have
-                kernels of their own on a CPU), or on CUDA "fused", for antithetic batch members of
-                the package's MLP
-    dtype       of the population's forward where it is not the network's own: members then perturb
-                a copy, and the estimate goes to the network
+    network    takes inputs (B, ...), and the same with one more leading axis
+    fitness    outputs (P, B, ...), labels -> scores (P, B) or (P,); higher is better
+    estimator  BlockLowRank, LowRank or NodePerturbation
+    seed       keys all noise, together with the step and the layer
+    smoothing  scores noisy copies of the outputs in place of the members' outputs
 
-    Where torch.distributed has a process group, its processes share the members' evaluation, and
-    all make the same update; a fitness from elsewhere is asked by the first alone.
+    Under torch.distributed every process scores its share of the members, and all make the same
+    update; the fitness has to be deterministic there.
 
-    Raises PopulationError for a population that cannot be and a network without nn.Linear, and on
-    the first batch for a network that folds the leading axis; BackendError.
-    Source: Algorithm 1 of arXiv 2511.16652.
+    Raises PopulationError for a network without nn.Linear and, on the first batch, for one that
+    folds the leading axis or that the population does not fit.
+    Source: arXiv 2511.16652, Algorithm 1.
     """
 
     def __init__(
         self,
         network: nn.Module,
         fitness: Fitness,
-        members: BatchMembers | ExampleMembers,
+        estimator: Estimator,
         seed: int = 0,
-        chunk_size: int | None = None,
-        backend: str = "eager",
-        dtype: torch.dtype | None = None,
+        smoothing: Smoothing | None = None,
     ):
-        self.network, self.fitness, self.members, self.seed = network, fitness, members, seed
-        self.evaluated = copy.deepcopy(network).to(dtype) if dtype else network
-        self.evolving = find_evolving(self.evaluated)
-        self.device = self.evolving.weights[0].device
-        size = members.block_size(self.device)
-        self.blocks_at_once = max(1, (chunk_size or members.chunk_size(self.device)) // size)
-        self.step = 0
-        self.expand: bool | None = None  # known from the first batch
-        self._scorers: dict[int | None, Compiled] = {}
-        self._backend = backend
-        self._plan()  # raises at once what the first step would raise
-
-    def _plan(self) -> None:
-        """Share the members out among the layers, and make a forward for each layer."""
-        weights = self.evolving.weights
-        self.counts = self.members.counts([len(weight) for weight in weights])
-        self.blocks = make_blocks(self.counts, self.members.block_size(self.device))
-        outputs = [len(weight) for weight in weights]
-        self.shares = distributed.share_out(
-            self.blocks, lambda block: self.members.cost(block, outputs), distributed.count()
-        )
-        if self._backend == "fused":
-            self._scorers[None] = Compiled(self._fused_scorer(), "eager", self.device)
-            return
-        backend = self._backend
-        if backend == "compile" and weights[0].dtype == torch.int8 and self.device.type == "cpu":
-            backend = self._use_kernels()
-        for layer, _ in self.counts:
-            self._scorers[layer] = Compiled(self._scorer(layer), backend, self.device)
-
-    def _use_kernels(self) -> str:
-        """Compile the loops of integer training; the backend of everything between them."""
-        if failed := kernels.compile_kernels():
-            self._backend = "eager"
-            warnings.warn(
-                f"the int8 kernels did not compile, going on with backend eager ({failed})",
-                stacklevel=2,
-            )
-        return "eager"
-
-    # ---- what there is to know ----
-
-    @property
-    def population(self) -> int:
-        """Members that see each example; at most what was asked for."""
-        return sum(count for _, count in self.counts)
-
-    @property
-    def fixed(self) -> list[str]:
-        """Names of the parameters that stay as they are; complete after the first batch."""
-        return self.evolving.fixed
-
-    @property
-    def backend(self) -> str:
-        """The backend in use: eager where the compiler failed."""
-        failed = any(scorer.failed for scorer in self._scorers.values())
-        return "eager" if failed else self._backend
-
-    @property
-    def mean_fitness(self) -> Tensor:
-        """Of the unperturbed network on the last batch, 0-d, in nats or the fitness's own units."""
-        return self._own_scores.float().mean() * getattr(self.fitness, "fitness_per_unit", 1.0)
+        self.network, self.fitness, self.estimator = network, fitness, estimator
+        self.seed, self.smoothing, self.step = seed, smoothing, 0
+        # The population runs on a copy of the modules that shares their tensors: the network itself
+        # is never touched
+        shared = (*network.parameters(), *network.buffers())
+        self._copy = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
+        self.layers = [Layer(m) for m in self._copy.modules() if isinstance(m, nn.Linear)]
+        if not self.layers:
+            raise PopulationError("the network has no nn.Linear to evolve")
+        for index, layer in enumerate(self.layers):
+            layer.module.forward = partial(self._linear, index)
+        self.draws: list[Draw] = []  # planned on the first batch
+        self._drawn: tuple[int, Draw, list] | None = None
 
     # ---- a step ----
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensor, labels: Any) -> Tensor:
-        """Scores of all members on one batch: (P,) of batch members, (P, B) of example members.
+        """Score all members on one batch: (P,), or (P, B) of an estimator with a score per example.
 
         Weights are read and never written. Raises FitnessError, and PopulationError on the first
         batch.
         """
-        if self.expand is None:
-            self._meet(inputs)
-        inputs = self._follow_the_network(inputs)
-        weights, biases = self.evolving.weights, self.evolving.biases
-        calls, outputs = record(self.evaluated, weights, inputs)
-        outputs = _widened(outputs)
-        keys = Keys(self.seed, self.step, self.device)
-        labels, own = self._prepared(outputs, labels, keys)
-        baseline = self._checked(self._ask(outputs, labels), 1, len(inputs))[0]
-        self._own_scores = baseline if own is None else own
-        step = self._last = Step(keys, weights, biases, calls, baseline)
-        found = outputs if self._asked_at_the_end else baseline[None]
-        # one tensor for all: a small one left by each chunk would lie in the space of the next
-        scores = found.new_zeros(self.population, *found.shape[1:])
-        for blocks in grouped(self.shares[distributed.rank()], self.blocks_at_once):
-            own = scores[blocks[0].start : blocks[-1].stop]
-            own.copy_(self._score(step, blocks, inputs, labels))
-        distributed.gather(scores)
-        if self._asked_at_the_end:  # what was gathered are the members' outputs
-            scores = self._checked(self._ask(scores, labels), self.population, len(inputs))
+        if not self.draws:
+            self.inspect(inputs)
+        self._score_unperturbed(self._record(inputs), labels)
+        scores = self.baseline.new_zeros(self.population, *self.baseline.shape)
+        rank, processes = _process()
+        for number, chunk in enumerate(self._chunks()):
+            if number % processes == rank:
+                scores[chunk.members] = self._score(chunk, inputs, labels)
+        if processes > 1:
+            dist.all_reduce(scores)  # zeros where another process scored: the sum is exact
         check_finite(scores, self.step)
         return scores
 
     @torch.no_grad()
     def backward(self, scores: Tensor) -> None:
-        """Leave minus the ascent direction in `.grad` of every evolving parameter; next step.
-
-        Minus, since optimizers descend and fitness is to rise. The members' noise is drawn again
-        from its keys. Of an int8 weight the ascent direction itself, int32, is in `.ascent`.
-        """
-        on_weights, on_biases = self.members.gradients(self._last, scores, self.blocks)
-        targets = (*self._targets.weights, *self._targets.biases)
-        for parameter, ascent in zip(targets, (*on_weights, *on_biases), strict=True):
-            if parameter.dtype == torch.int8:
-                parameter.ascent = ascent
-            else:
-                parameter.grad = ascent.neg_().to(parameter.dtype)
+        """Leave minus the ascent direction in `.grad`: optimizers descend, fitness is to rise."""
+        ascent: dict[Tensor, Tensor] = {}
+        for layers, group in groupby(self.draws, key=lambda draw: draw.layers):
+            draws = list(group)
+            start, stop = draws[0].start, draws[-1].start + draws[-1].members
+            weights = self.estimator.weights(scores[start:stop], self.baseline)
+            for draw in draws:
+                own = weights[draw.start - start :][: draw.members]
+                own = own.unflatten(0, (draw.directions, draw.blocks))
+                for index, noise in zip(layers, self._noise(draw), strict=True):
+                    layer = self.layers[index]
+                    self._add(ascent, layer, self.estimator.gradient(noise, own, layer))
+        for parameter, direction in ascent.items():
+            self._store(parameter, direction)
         self.step += 1
 
-    def warm_up(self, inputs: Tensor, labels: Any) -> None:
-        """What a step does, without a trace: compiles, and fills caches."""
-        before = self.state_dict()
-        scores = self.evaluate(inputs, labels)
-        self.members.gradients(self._last, scores, self.blocks)
-        self.load_state_dict(before)
+    @staticmethod
+    def _add(ascent: dict[Tensor, Tensor], layer: Layer, direction: Tensor) -> None:
+        """Add an ascent direction of [W, bias] (O, I); tied Parameters get the sum."""
+        parts = direction.split(layer.module.in_features, 1)
+        for parameter, part in zip((layer.module.weight, layer.module.bias), parts, strict=False):
+            part = part.view_as(parameter)
+            ascent[parameter] = ascent[parameter] + part if parameter in ascent else part
+
+    def _store(self, parameter: Tensor, direction: Tensor) -> None:
+        parameter.grad = direction.neg()
+
+    # ---- members ----
+
+    def _score(self, chunk: Chunk, inputs: Tensor, labels: Any) -> Tensor:
+        """Scores of a chunk's members, (members,) or (members, B), direction by direction."""
+        draw, directions = chunk.draw, slice(chunk.first, chunk.first + chunk.directions)
+        noise = [noise.part(directions) for noise in self._noise(draw)]
+        forward = partial(self._perturbed, draw, dict(zip(draw.layers, noise, strict=True)))
+        expand = any(self.layers[index].expand for index in draw.layers)
+        rows = draw.blocks * chunk.directions if expand else 1
+        scores = self._fitness_of(self._run(forward, inputs.expand(rows, *inputs.shape)), labels)
+        # outputs come block by block
+        return scores.unflatten(0, (draw.blocks, chunk.directions)).transpose(0, 1).flatten(0, 1)
+
+    def _perturbed(
+        self, draw: Draw, noise: dict[int, Any], position: int, index: int, x: Tensor
+    ) -> Tensor:
+        """Output of a layer in the population's forward: y + move where it is perturbed."""
+        layer, call = self.layers[index], self.calls[position]
+        if position < draw.first_call:  # copied, since an activation may work in place
+            return call.y.expand(len(x), *call.y.shape[1:]).clone()
+        if index in noise:
+            x, y = (call.x, call.y) if position == draw.first_call else (x, layer.product(x))
+            moved = self.estimator.perturb(noise[index], layer, position, x, y)
+            return torch.cat([y, moved]) if draw.splits else moved
+        if isinstance(self.estimator, Blocks) and position in draw.splits:
+            return self.estimator.split(layer, x, draw)
+        return layer.product(x)
+
+    def _noise(self, draw: Draw) -> list[Any]:
+        """Noise of each layer of a draw; drawn again from its key unless it was the last one."""
+        if self._drawn is None or self._drawn[:2] != (self.step, draw):
+            noise = [
+                self.estimator.sample(self.layers[index], draw, self._rng(index, draw.number))
+                for index in draw.layers
+            ]
+            self._drawn = self.step, draw, noise
+        return self._drawn[2]
+
+    def _rng(self, parameter: int, block: int = 0) -> torch.Generator:
+        device = self.layers[0].module.weight.device
+        return generator(self.seed, self.step, parameter, block, device)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        """Directions that are evaluated together; depends on the batch, never on the processes."""
+        for draw in self.draws:
+            call = self.calls[draw.first_call]
+            later = [self.layers[c.layer].outputs for c in self.calls[draw.first_call + 1 :]]
+            widest = max(call.y.shape[-1], draw.blocks * max(later, default=0))
+            largest = CHUNK.get(call.y.device.type, CHUNK["cpu"])
+            count = max(1, largest // (widest * call.y[..., 0].numel()))
+            for first in range(0, draw.directions, count):
+                yield Chunk(draw, first, min(count, draw.directions - first))
+
+    # ---- the population's network ----
+
+    def _run(self, forward: Forward, inputs: Tensor) -> Tensor:
+        """Outputs of the copy, whose layers compute `forward`; inputs (1 or P, B, ...)."""
+        self._forward, self._position = forward, 0
+        return self._copy(inputs)
+
+    def _linear(self, index: int, input: Tensor) -> Tensor:
+        """Stand in for the forward of layer `index`."""
+        position, self._position = self._position, self._position + 1
+        return self._forward(position, index, input)
+
+    def _record(self, inputs: Tensor) -> Tensor:
+        """Outputs (1, B, ...) of the unperturbed network, whose layers' calls are recorded."""
+        for module, original in zip(self._copy.modules(), self.network.modules(), strict=True):
+            module.training = original.training
+        self.calls: list[Call] = []
+        outputs = self._run(self._recorded, inputs[None])
+        for index, layer in enumerate(self.layers):
+            layer.calls = {p: call for p, call in enumerate(self.calls) if call.layer == index}
+        return outputs
+
+    def _recorded(self, position: int, index: int, x: Tensor) -> Tensor:
+        y = self.layers[index].product(x)
+        self.calls.append(Call(index, x.clone(), y.clone()))  # later modules may work in place
+        return y
+
+    # ---- fitness ----
+
+    def _score_unperturbed(self, outputs: Tensor, labels: Any) -> None:
+        """Set the scores that members are compared with, (B,) or 0-d, and the mean fitness."""
+        if self.smoothing:
+            rng, self._outputs = self._rng(len(self.layers)), outputs
+            self._direction, self._unperturbed = self.smoothing.direction(
+                self.fitness, outputs[0], labels, rng
+            )
+        self.baseline = self._fitness_of(outputs, labels)[0]
+        if not self.smoothing:
+            self._unperturbed = self.baseline
+
+    def _fitness_of(self, outputs: Tensor, labels: Any) -> Tensor:
+        """Scores (P, B), or (P,) of an estimator with one per member. Raises FitnessError."""
+        if self.smoothing:
+            scores = self.smoothing.score(outputs, self._outputs, self._direction)
+        else:
+            scores = self.fitness(outputs, labels)
+        members, examples, per_example = len(outputs), outputs.shape[1], self.estimator.per_example
+        scores = check_scores(scores, members, examples, per_example=per_example)
+        if outputs.is_floating_point():  # in few bits, members would hardly differ
+            scores = scores.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
+        return scores.mean(1) if scores.dim() == 2 and not per_example else scores
+
+    @property
+    def mean_fitness(self) -> Tensor:
+        """Fitness of the unperturbed network on the last batch, 0-d, in the fitness's units."""
+        return self._unperturbed.float().mean()
+
+    # ---- the first batch ----
+
+    @torch.no_grad()
+    def inspect(self, inputs: Tensor) -> None:
+        """Check the network on inputs (B, ...), and plan the population. Raises PopulationError.
+
+        Called by the first `evaluate`; call it before to know the population that is used.
+        """
+        training = [module.training for module in self.network.modules()]
+        self.network.eval()  # dropout would draw other masks
+        check_leading_axis(self.network, inputs)
+        self._record(inputs)
+        for layer in self.layers:
+            if layer.evolves:
+                self._route(layer, inputs)
+        for module, mode in zip(self.network.modules(), training, strict=True):
+            module.training = mode
+        evolving = {i: layer for i, layer in enumerate(self.layers) if layer.evolves}
+        if not evolving:
+            raise PopulationError("the network never calls an nn.Linear that is trainable")
+        self.draws = self.estimator.draws(evolving)
+        self._warn_of_fixed(list(evolving.values()))
+
+    def _route(self, layer: Layer, inputs: Tensor) -> None:
+        """Find where members of a layer split off, and whether they need inputs of their own."""
+        position, call = next(iter(layer.calls.items()))
+        probe = Probe(self.layers, position, call.y)
+        try:
+            self._run(probe, inputs[None])
+            if probe.elementwise and len(layer.calls) == 1:
+                layer.splits = frozenset(probe.readers)
+        except RuntimeError:  # shapes: something else reads the perturbed values
+            layer.expand = not self._broadcasts(position, inputs)
+
+    def _broadcasts(self, position: int, inputs: Tensor) -> bool:
+        """Return whether inputs (1, B, ...) do where the call at `position` returns two rows."""
+
+        def forward(at: int, index: int, x: Tensor) -> Tensor:
+            y = self.layers[index].product(x)
+            return torch.cat([y, y]) if at == position else y
+
+        try:
+            return len(self._run(forward, inputs[None])) == 2
+        except RuntimeError:
+            return False
+
+    def _warn_of_fixed(self, evolving: list[Layer]) -> None:
+        evolved = {id(p) for layer in evolving for p in layer.module.parameters()}
+        fixed = [n for n, p in self.network.named_parameters() if id(p) not in evolved]
+        if fixed:
+            names = ", ".join(fixed)
+            warnings.warn(f"not evolved, since no nn.Linear uses them: {names}", stacklevel=4)
+
+    # ---- what is used, and saved ----
+
+    @property
+    def population(self) -> int:
+        """Members of a step, rounded; known after the first batch or `inspect`."""
+        return sum(draw.members for draw in self.draws)
+
+    def describe_population(self) -> str:
+        """Return a line that says how many members are used, and of which layers."""
+        counts = [sum(d.members for d in g) for _, g in groupby(self.draws, lambda d: d.layers)]
+        layers = f" ({' + '.join(f'{count:,}' for count in counts)} by layer)"
+        each = "example" if self.estimator.per_example else "batch"
+        return (
+            f"population {self.population:,}{layers if len(counts) > 1 else ''}, "
+            f"one score for each member and {each}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same noise and scores."""
-        keeps = hasattr(self.fitness, "state_dict")
-        return {"step": self.step, "fitness": self.fitness.state_dict() if keeps else None}
+        """Return what a resumed run needs to draw the same noise and shape the same scores."""
+        return {"step": self.step, "scale": self.smoothing.scale if self.smoothing else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        if state["fitness"] is not None:
-            self.fitness.load_state_dict(state["fitness"])
-
-    # ---- its parts ----
-
-    def _meet(self, inputs: Tensor) -> None:
-        """On the first batch: which weights the network uses, and how it treats the member axis."""
-        # the network itself: in a copy of few bits rounding could pass for a difference
-        own = find_evolving(self.network)
-        calls, self.expand = inspect(self.network, own, inputs)
-        used = positions(own, calls)
-        self._targets = find_evolving(self.network, used)
-        self.evolving = find_evolving(self.evaluated, used)
-        self._plan()
-        if self.fixed:
-            warnings.warn(f"these stay as they are: {', '.join(self.fixed)}", stacklevel=4)
-
-    def _follow_the_network(self, inputs: Tensor) -> Tensor:
-        """Inputs in the dtype of the forward, and a copied network brought up to date."""
-        if self.evaluated is self.network:
-            return inputs
-        for copied, own in zip(self.evaluated.parameters(), self.network.parameters(), strict=True):
-            copied.copy_(own)
-        dtype = self.evolving.weights[0].dtype
-        return inputs.to(dtype) if inputs.is_floating_point() else inputs
-
-    def _prepared(self, outputs: Tensor, labels: Any, keys: Keys) -> tuple[Any, Tensor | None]:
-        """What the fitness reads in place of labels, and the unperturbed network's own scores."""
-        if not hasattr(self.fitness, "prepare"):
-            return labels, None
-        place = len(self.evolving.weights) + len(self.evolving.biases)  # after the parameters
-        generator = keys.generator(place)
-        if distributed.count() == 1 or _is_own(getattr(self.fitness, "fitness", self.fitness)):
-            return self.fitness.prepare(outputs[0], labels, generator)
-
-        def ask() -> Any:
-            return self.fitness.prepare(outputs[0], labels, generator), self.state_dict()
-
-        prepared, state = distributed.from_first(ask)
-        self.load_state_dict(state)
-        return prepared
-
-    def _ask(self, outputs: Tensor, labels: Any) -> Tensor:
-        """The fitness of outputs; one from elsewhere is asked by the first process alone."""
-        if _is_own(self.fitness):
-            return self.fitness(outputs, labels)
-        return distributed.from_first(lambda: self.fitness(outputs, labels))
-
-    @property
-    def _asked_at_the_end(self) -> bool:
-        """Whether a fitness from elsewhere waits for the outputs of all processes' members."""
-        return distributed.count() > 1 and not _is_own(self.fitness)
-
-    def _score(self, step: Step, blocks: list[Block], inputs: Tensor, labels: Any) -> Tensor:
-        """Scores of the members of some blocks of one layer, (P,) or (P, B)."""
-        layer, members = blocks[0].layer, blocks[-1].stop - blocks[0].start
-        noise = self.members.draw(step, blocks)
-        order = [call.index for call in step.calls]
-        # up to the first call that members change, all of them do what the network does
-        known = step.calls[: 1 if layer is None else order.index(layer) + 1]
-        seen = inputs.expand(members if self.expand else 1, *inputs.shape)
-        found = self._scorers[layer](noise, [call.y for call in known], seen, labels)
-        if self._asked_at_the_end:
-            return found
-        if not _is_own(self.fitness):
-            found = self.fitness(found, labels)
-        return self._checked(found, members, len(inputs))
-
-    def _checked(self, scores: Tensor, members: int, examples: int) -> Tensor:
-        """Scores in the form that the members read: (P,), or (P, B). Raises FitnessError."""
-        check_scores(scores, members, examples, by_example=self.members.by_example)
-        dtype = self.evolving.weights[0].dtype
-        if dtype != torch.int8:  # whose scores stay integers
-            scores = scores.to(self.device, torch.promote_types(dtype, torch.float32))
-        if self.members.by_example:
-            return scores
-        return scores.mean(1) if scores.dim() == 2 else scores
-
-    def _scorer(self, layer: int | None) -> Callable[..., Tensor]:
-        """From the noise of members of one layer to their scores, or to their outputs for a fitness
-        that no compiler should follow: it may read files and talk to programs."""
-        network, members, evolving = self.evaluated, self.members, self.evolving
-        fitness = self.fitness if _is_own(self.fitness) else None
-
-        def score(
-            noise: dict[str, Tensor], known: list[Tensor], inputs: Tensor, labels: Any
-        ) -> Tensor:
-            of_layer: list[int] = []
-
-            def add(call, index, bias, x, y):
-                if layer not in (None, index):
-                    return y
-                of_layer.append(call)
-                place = evolving.bias_index(bias)
-                return members.add(noise, len(of_layer) - 1, index, place, x, y)
-
-            outputs = _widened(forward(network, evolving.weights, known, add, inputs))
-            return outputs if fitness is None else fitness(outputs, labels)
-
-        return score
-
-    def _fused_scorer(self) -> Callable[..., Tensor]:
-        """The same by the fused kernel. Raises BackendError where it does not fit."""
-        if self.device.type != "cuda" or not fused.fits(self.evaluated, self.members):
-            raise BackendError(
-                "backend fused is for antithetic batch members of the MLP on CUDA (try compile)"
-            )
-        fitness = self.fitness if _is_own(self.fitness) else None
-
-        def score(
-            noise: dict[str, Tensor], known: list[Tensor], inputs: Tensor, labels: Any
-        ) -> Tensor:
-            outputs = _widened(fused.mlp_forward(self.evaluated, noise, known[0], inputs[0]))
-            return outputs if fitness is None else fitness(outputs, labels)
-
-        return score
+        if self.smoothing:
+            self.smoothing.scale = state["scale"]
 
 
-def _widened(outputs: Tensor) -> Tensor:
-    """Of a forward in few bits the outputs in float32: members differ by little."""
-    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
-
-
-def _is_own(fitness: Fitness) -> bool:
-    """Whether a fitness is the package's, which the compiler can follow."""
-    return getattr(fitness, "__module__", "").startswith("eggroll.")
+def _process() -> tuple[int, int]:
+    """Rank of this process, and the number of processes."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

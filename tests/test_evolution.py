@@ -1,41 +1,46 @@
-"""The trainer: fitness rises, a step leaves what it should, and resumption draws the same noise."""
+"""The trainer: fitness rises, the network is left alone, and what cannot run is refused."""
 
+import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import NETWORKS, Step, batch, make, mlp
 from torch import nn
-from torch.nn import functional as F
 
 from eggroll import (
-    MLP,
-    BackendError,
-    BatchMembers,
+    BlockLowRank,
     Evolution,
-    ExampleMembers,
     FitnessError,
+    LowRank,
+    NodePerturbation,
+    PopulationError,
+    Smoothing,
     accuracy,
     cross_entropy,
-    smoothed,
-)
-from eggroll.compiled import Compiled
-from eggroll.model import kth_largest
-
-KINDS = pytest.mark.parametrize(
-    "members", [BatchMembers(64, sigma=0.05), ExampleMembers(24, sigma=0.02)]
+    noise,
 )
 
+EVERY = pytest.mark.parametrize(
+    "estimator",
+    [
+        BlockLowRank(320, sigma=0.05, units=4),
+        LowRank(320, sigma=0.05),
+        NodePerturbation(24, sigma=0.02, units=4),
+        NodePerturbation(24, sigma=0.02, units=4, antithetic=True),
+    ],
+    ids=["block low rank", "low rank", "node perturbation", "antithetic"],
+)
 
-@pytest.fixture
-def network():
-    return MLP(7, 16, 3, seed=1, bias=True)
 
-
-def train(evolution, batch, steps, lr=0.2):
+def train(evolution, steps, lr=0.05):
     optimizer = torch.optim.SGD(evolution.network.parameters(), lr=lr, momentum=0.9)
     fitness = []
     for _ in range(steps):
-        evolution.backward(evolution.evaluate(*batch))
+        evolution.backward(evolution.evaluate(*batch()))
         fitness.append(evolution.mean_fitness.item())
         optimizer.step()
     return fitness
@@ -45,218 +50,316 @@ def weights_of(network):
     return [p.detach().clone() for p in network.parameters()]
 
 
-@KINDS
-@pytest.mark.parametrize("backend", ["eager", "compile"])
-def test_fitness_rises(network, batch, members, backend):
-    fitness = train(Evolution(network, cross_entropy(), members, backend=backend), batch, 60, 0.05)
+# ---- training ----
+
+
+@EVERY
+def test_fitness_rises(estimator):
+    fitness = train(Evolution(make("mlp"), cross_entropy, estimator), 60)
     assert fitness[-1] > 0.5 * fitness[0] > fitness[0]
 
 
-def test_hits_alone_are_a_signal_for_batch_members(network, batch):
-    members = BatchMembers(400, sigma=0.3)
-    fitness = train(Evolution(network, accuracy, members), batch, 60, 0.1)
+@EVERY
+def test_accuracy_alone_is_a_signal_once_it_is_smoothed(estimator):
+    evolution = Evolution(make("mlp"), accuracy, estimator, smoothing=Smoothing(2.0, 64))
+    fitness = train(evolution, 60)
     assert fitness[-1] >= max(fitness[0] + 0.3, 0.8)
 
 
-@KINDS
-def test_a_resumed_trainer_goes_on_with_the_same_bits(network, batch, members):
-    start = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    evolution = Evolution(network, cross_entropy(), members, seed=3)
-    train(evolution, batch, 3)
-    saved = evolution.state_dict(), {n: t.clone() for n, t in network.state_dict().items()}
-    train(evolution, batch, 2)
-    whole = weights_of(network)
-    network.load_state_dict(saved[1])
-    resumed = Evolution(network, cross_entropy(), members, seed=3)
-    resumed.load_state_dict(saved[0])
-    train(resumed, batch, 2)
-    assert all(map(torch.equal, whole, weights_of(network)))
-    network.load_state_dict(start)
-    other = Evolution(network, cross_entropy(), members, seed=4)
-    train(other, batch, 5)
-    assert not torch.equal(whole[0], network.layers[0].weight)
+def test_raw_accuracy_is_a_signal_for_members_that_are_scored_on_the_batch():
+    fitness = train(Evolution(make("mlp"), accuracy, BlockLowRank(600, 0.3, units=4)), 80, 0.2)
+    assert fitness[-1] >= fitness[0] + 0.25
 
 
-@KINDS
-def test_a_warm_up_leaves_no_trace(network, batch, members):
-    evolution = Evolution(network, cross_entropy(), members)
-    before = weights_of(network)
-    evolution.warm_up(*batch)
-    assert evolution.step == 0 and all(p.grad is None for p in network.parameters())
-    assert all(map(torch.equal, before, weights_of(network)))
+def test_networks_without_a_gradient_evolve():
+    network = make("step units")
+    estimator = NodePerturbation(48, sigma=0.2, units=16, antithetic=True)
+    fitness = train(Evolution(network, cross_entropy, estimator), 60)
+    assert fitness[-1] > fitness[0] + 0.3 and isinstance(network[1], Step)
 
 
-@KINDS
-def test_noise_is_fresh_at_every_step(network, batch, members):
-    evolution = Evolution(network, cross_entropy(), members)
-    first = evolution.evaluate(*batch)
-    assert torch.equal(first, evolution.evaluate(*batch))  # the same step, the same members
+def test_a_layer_that_computes_with_a_function_of_its_weight_evolves():
+    class Signs(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.sign(), self.bias)
+
+    network = nn.Sequential(Signs(7, 16), nn.GELU(), Signs(16, 3))
+    fitness = train(Evolution(network, cross_entropy, NodePerturbation(40, 0.05)), 60)
+    assert fitness[-1] > 0.7 * fitness[0]
+
+
+# ---- noise ----
+
+
+@EVERY
+def test_noise_is_fresh_at_every_step_and_the_same_for_the_same_step(estimator):
+    evolution = Evolution(make("mlp"), cross_entropy, estimator)
+    first = evolution.evaluate(*batch())
+    assert torch.equal(first, evolution.evaluate(*batch()))
     evolution.backward(first)
-    assert not torch.equal(first, evolution.evaluate(*batch))
+    assert not torch.equal(first, evolution.evaluate(*batch()))
 
 
-def test_a_forward_in_bfloat16_perturbs_a_copy_and_fills_float32_gradients(network, batch):
-    exact = Evolution(network, cross_entropy(), BatchMembers(256, sigma=0.1))
-    exact.backward(exact.evaluate(*batch))
-    true = torch.cat([p.grad.flatten() for p in network.parameters()])
-    before = weights_of(network)
-    rough = Evolution(network, cross_entropy(), BatchMembers(256, sigma=0.1), dtype=torch.bfloat16)
-    for _ in range(2):  # the copy follows the network
-        rough.step = 0
-        rough.backward(rough.evaluate(*batch))
-    found = torch.cat([p.grad.flatten() for p in network.parameters()])
-    assert found.dtype == torch.float32 and all(map(torch.equal, before, weights_of(network)))
-    # its noise is drawn in bfloat16, so it is other noise: both point along the same gradient
-    loss = F.cross_entropy(network(batch[0]), batch[1])
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, network.parameters())])
-    for estimate in (true, found):
-        assert F.cosine_similarity(estimate, gradient, 0) > 0.3
+@EVERY
+@pytest.mark.parametrize("smoothing", [None, 2.0])
+def test_a_resumed_trainer_is_bit_identical_and_another_seed_is_not(estimator, smoothing):
+    def make_evolution(network, seed=3):
+        smooth = Smoothing(smoothing, 16) if smoothing else None
+        return Evolution(network, cross_entropy, estimator, seed, smooth)
+
+    network = make("mlp")
+    evolution = make_evolution(network)
+    train(evolution, 3)
+    saved = evolution.state_dict(), {n: t.clone() for n, t in network.state_dict().items()}
+    train(evolution, 2)
+    whole = weights_of(network)
+    found = []
+    for seed in (3, 4):
+        network.load_state_dict(saved[1])
+        resumed = make_evolution(network, seed)
+        resumed.load_state_dict(saved[0])
+        train(resumed, 2)
+        found.append(all(map(torch.equal, whole, weights_of(network))))
+    assert found == [True, False]
 
 
-def test_mean_fitness_is_that_of_the_unperturbed_network(network, batch):
-    expected = -F.cross_entropy(network(batch[0]), batch[1])
-    for members in (BatchMembers(8, sigma=1.0), ExampleMembers(8, sigma=1.0)):
-        evolution = Evolution(network, cross_entropy(), members)
-        evolution.evaluate(*batch)
-        torch.testing.assert_close(evolution.mean_fitness, expected.detach())
+@pytest.mark.parametrize("other", [{"step": 1}, {"seed": 1}, {"parameter": 1}, {"block": 1}])
+def test_noise_of_different_keys_is_independent(other):
+    def draw(seed=0, step=0, parameter=0, block=0):
+        rng = noise.generator(seed, step, parameter, block, torch.device("cpu"))
+        return noise.gaussian((20_000,), torch.empty(0), rng)
+
+    one, two = draw(), draw(**other)
+    assert torch.equal(one, draw())
+    assert abs((one * two).mean()) < 4 / math.sqrt(20_000)
 
 
-def test_the_population_that_is_really_used_is_told(network):
-    evolution = Evolution(network, cross_entropy(), ExampleMembers(1000))
-    assert evolution.population == 36 and evolution.counts == [(0, 16), (1, 16), (2, 4)]
+@EVERY
+def test_layers_of_one_size_do_not_share_noise(estimator):
+    network = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3))
+    evolution = Evolution(network, cross_entropy, estimator)
+    evolution.evaluate(*batch())
+    drawn = {}
+    for draw in evolution.draws:
+        for index, parts in zip(draw.layers, evolution._noise(draw), strict=True):
+            drawn.setdefault(index, parts)
+    for field in ("a", "b", "signs"):
+        if hasattr(drawn[0], field):
+            one, two = (getattr(drawn[i], field) for i in (0, 1))
+            one, two = (v if torch.is_tensor(v) else next(iter(v.values())) for v in (one, two))
+            assert not torch.equal(one, two)
+
+
+KEYS = st.tuples(st.integers(0, 65_535), st.integers(0, 31), st.integers(0, 2_047))
+
+
+@given(st.integers(0, 2**32 - 1), KEYS, KEYS)
+def test_keys_of_one_run_never_share_a_generator(seed, one, other):
+    low = [noise.generator_seed(seed, *key) & 0xFFFFFFFF for key in (one, other)]
+    assert (low[0] == low[1]) == (one == other)
+
+
+def test_neighboring_seeds_have_no_shifted_noise():
+    seeds = [{noise.generator_seed(s, step, 0, 0) for step in range(1_000)} for s in (0, 1)]
+    assert not seeds[0] & seeds[1]
+
+
+def test_signs_are_balanced_and_uncorrelated():
+    drawn = noise.signs((64, 1_000), torch.float32, torch.Generator().manual_seed(0))
+    assert drawn.unique().tolist() == [-1, 1]
+    correlation = drawn @ drawn.T / 1_000 - torch.eye(64)
+    assert abs(drawn.mean()) < 0.02 and correlation.abs().max() < 0.15
+
+
+# ---- the network ----
+
+
+@EVERY
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.filterwarnings("ignore:not evolved")
+def test_evaluation_writes_neither_weights_nor_inputs_nor_the_global_generator(name, estimator):
+    network, (inputs, labels) = make(name), batch()
+    before, seen, state = weights_of(network), inputs.clone(), torch.get_rng_state()
+    outputs = network(inputs)
+    Evolution(network, cross_entropy, estimator).evaluate(inputs, labels)
+    assert all(map(torch.equal, before, weights_of(network))) and torch.equal(inputs, seen)
+    assert torch.equal(outputs, network(inputs)) and torch.equal(state, torch.get_rng_state())
+
+
+def test_weights_that_change_are_those_that_members_perturb():
+    network = make("mlp")
+    evolution = Evolution(network, cross_entropy, NodePerturbation(40, sigma=1e-3, units=4))
+    evolution.evaluate(*batch())
+    network.load_state_dict(mlp().state_dict())
+    evolution.evaluate(*batch())
+    expected = cross_entropy(network(batch()[0])[None], batch()[1]).mean()
+    torch.testing.assert_close(evolution.mean_fitness, expected.detach())
+
+
+def test_parameters_that_stay_fixed_are_named_once_and_get_no_gradient():
+    network = make("head first")
+    network.unused = nn.Linear(3, 3)
+    network.body.weight.requires_grad_(False)
+    evolution = Evolution(network, cross_entropy, NodePerturbation(24))
+    names = "body.weight, body.bias, norm.weight, norm.bias, unused.weight, unused.bias"
+    with pytest.warns(UserWarning, match=f"not evolved.*: {names}"):
+        evolution.evaluate(*batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evolution.backward(evolution.evaluate(*batch()))
+    found = {name for name, p in network.named_parameters() if p.grad is not None}
+    assert found == {"head.weight", "head.bias"}
+
+
+def test_modules_follow_the_networks_training_mode():
+    network = nn.Sequential(nn.Linear(7, 8), nn.Dropout(0.9), nn.Linear(8, 3))
+    evolution = Evolution(network, cross_entropy, LowRank(8))
+    evolution.evaluate(*batch())
+    assert network.training
+    network.eval()
+    evolution.evaluate(*batch())
+    expected = cross_entropy(network(batch()[0])[None], batch()[1]).mean()
+    torch.testing.assert_close(evolution.mean_fitness, expected.detach())
+
+
+class Folds(nn.Module):
+    def __init__(self, fold):
+        super().__init__()
+        self.fold, self.head = fold, nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.head(self.fold(x))
 
 
 @pytest.mark.parametrize(
-    ("fitness", "members", "message"),
+    "fold", [lambda x: x.flatten(1), lambda x: x.reshape(len(x), -1), lambda x: x - x.mean(0)]
+)
+def test_a_network_that_folds_the_leading_axis_is_told_what_to_write(fold):
+    inputs = torch.randn(5, 3, 4) if fold(torch.ones(5, 3, 4)).dim() == 2 else torch.randn(5, 12)
+    evolution = Evolution(Folds(fold), cross_entropy, LowRank(8))
+    with pytest.raises(PopulationError, match=r"keep the leading axis.*flatten\(-3\)"):
+        evolution.evaluate(inputs, torch.zeros(5, dtype=torch.long))
+
+
+def test_an_error_of_the_network_itself_stays_its_own():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Evolution(make("mlp"), cross_entropy, LowRank(8)).evaluate(torch.ones(4, 9), batch()[1])
+
+
+def test_a_network_with_nothing_to_evolve_is_refused():
+    with pytest.raises(PopulationError, match=r"no nn\.Linear"):
+        Evolution(nn.Conv2d(1, 1, 1), cross_entropy, LowRank(8))
+    frozen = nn.Sequential(nn.Linear(7, 3)).requires_grad_(False)
+    with pytest.raises(PopulationError, match=r"never calls an nn\.Linear that is trainable"):
+        Evolution(frozen, cross_entropy, LowRank(8)).evaluate(*batch())
+
+
+# ---- the population ----
+
+
+def counts(estimator, network=None):
+    """Members that are used of each layer of the 784-256-256-10 network."""
+    sizes = [(9, 256), (256, 256), (256, 10)]
+    layers = [nn.Linear(i, o) for i, o in sizes]
+    network = network or nn.Sequential(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+    evolution = Evolution(network, cross_entropy, estimator)
+    evolution.inspect(torch.randn(4, 9))
+    assert evolution.population == sum(draw.members for draw in evolution.draws)
+    assert f"population {evolution.population:,}" in evolution.describe_population()
+    return [draw.members for draw in evolution.draws]
+
+
+@pytest.mark.parametrize(
+    ("population", "blocks", "node", "pairs"),
     [
-        (lambda o, y: o, BatchMembers(4), "return"),
-        (lambda o, y: cross_entropy()(o, y).mean(1), ExampleMembers(4), "or batch members"),
-        (lambda o, y: cross_entropy()(o, y) * float("nan"), BatchMembers(4), "4 of 4 members"),
+        (1, [16, 16, 1], [16, 16, 1], 2),
+        (37, [16, 16, 1], [16, 16, 1], 36),
+        (134, [64, 64, 4], [64, 64, 4], 134),
+        (500, [240, 240, 15], [240, 240, 15], 500),
+        (1000, [480, 480, 30], [256, 256, 16], 1000),
+        ((2048, 4096, 128), [2048, 4096, 128], [256, 256, 16], None),
+        ((100, 7, 5), [96, 16, 5], [96, 16, 5], None),
     ],
 )
-def test_a_fitness_that_cannot_be_used_is_named(network, batch, fitness, members, message):
+def test_a_population_is_rounded_to_whole_directions(population, blocks, node, pairs):
+    assert counts(BlockLowRank(population)) == blocks
+    assert counts(NodePerturbation(population)) == node
+    if pairs:
+        assert sum(counts(LowRank(population))) == pairs
+
+
+def test_antithetic_members_come_in_pairs_and_may_be_twice_as_many():
+    assert counts(NodePerturbation(40, antithetic=True)) == [32, 32, 2]
+    assert counts(NodePerturbation(9999, antithetic=True)) == [512, 512, 32]
+
+
+def test_where_units_mix_a_member_perturbs_all_of_them():
+    network = nn.Sequential(nn.Linear(9, 32), nn.LayerNorm(32), nn.Linear(32, 3))
+    with pytest.warns(UserWarning, match="not evolved"):
+        assert counts(BlockLowRank((64, 8)), network) == [64, 8]
+
+
+@pytest.mark.parametrize(
+    ("make_estimator", "message"),
+    [
+        (partial(BlockLowRank, 0), "population must be at least 1, got 0"),
+        (partial(NodePerturbation, (4, 0, 1)), r"population must be at least 1, got \(4, 0, 1\)"),
+        (partial(LowRank, -2), "must be at least 1, got -2"),
+        (partial(BlockLowRank, 8, sigma=0.0), "sigma must be > 0, got 0.0"),
+        (partial(LowRank, 8, sigma=-1.0), "sigma must be > 0, got -1.0"),
+        (partial(BlockLowRank, 8, rank=0), "rank must be at least 1, got 0"),
+        (partial(BlockLowRank, 8, units=0), "units must be at least 1, got 0"),
+        (partial(NodePerturbation, 8, units=12), r"a power of two, got 12 \(try 16\)"),
+    ],
+)
+def test_invalid_settings_are_named_with_what_to_type(make_estimator, message):
+    with pytest.raises(PopulationError, match=message):
+        make_estimator()
+
+
+def test_counts_of_other_layers_are_named():
+    with pytest.raises(PopulationError, match=r"\(8, 8\) has 2 counts, and the network has 3"):
+        Evolution(make("mlp"), cross_entropy, BlockLowRank((8, 8))).evaluate(*batch())
+
+
+# ---- fitness ----
+
+
+@EVERY
+def test_mean_fitness_is_that_of_the_unperturbed_network_in_its_own_units(estimator):
+    network, (inputs, labels) = make("mlp"), batch()
+    for smoothing in (None, Smoothing(2.0, 16)):
+        evolution = Evolution(network, lambda o, y: 7 * accuracy(o, y) - 3, estimator, 0, smoothing)
+        evolution.evaluate(inputs, labels)
+        expected = 7 * accuracy(network(inputs), labels).mean() - 3
+        torch.testing.assert_close(evolution.mean_fitness, expected)
+
+
+@pytest.mark.parametrize(
+    ("fitness", "estimator", "message"),
+    [
+        (lambda o, y: o, LowRank(4), r"shape \(1, 11\) or \(1,\), got \(1, 11, 3\)"),
+        (lambda o, y: 0.5, LowRank(4), "a tensor of shape .*, got float"),
+        (lambda o, y: cross_entropy(o, y).mean(1), NodePerturbation(4), "add smoothing, or use"),
+        (lambda o, y: cross_entropy(o, y) * float("nan"), LowRank(4), "4 of 4 members is not fin"),
+    ],
+)
+def test_a_fitness_that_cannot_be_used_is_named(fitness, estimator, message):
     with pytest.raises(FitnessError, match=message):
-        Evolution(network, fitness, members).evaluate(*batch)
-
-
-# ---- backends ----
-
-
-@KINDS
-def test_compiled_equals_eager(network, batch, members):
-    found = []
-    for backend in ("eager", "compile"):
-        evolution = Evolution(network, cross_entropy(), members, backend=backend)
-        found.append(evolution.evaluate(*batch))
-    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
-
-
-def test_a_smoothed_fitness_compiles_and_is_read_in_its_own_units(network, batch):
-    found, fitness = [], []
-    for backend in ("eager", "compile"):
-        scored = smoothed(lambda o, y: 7 * accuracy(o, y) - 3, samples=64)
-        evolution = Evolution(network, scored, ExampleMembers(12), backend=backend)
-        evolution.warm_up(*batch)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            found.append(evolution.evaluate(*batch))
-        fitness.append(evolution.mean_fitness)
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
-    expected = 7 * accuracy(network(batch[0]), batch[1]).mean() - 3
-    torch.testing.assert_close(fitness, [expected, expected])
+        Evolution(make("mlp"), fitness, estimator).evaluate(*batch())
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
-def test_scores_of_another_type_are_taken(dtype, network, batch):
-    evolution = Evolution(
-        network, lambda o, y: accuracy(o, y).to(dtype), ExampleMembers(12, sigma=0.5)
-    )
-    evolution.backward(evolution.evaluate(*batch))
+@EVERY
+def test_scores_of_another_type_are_taken(dtype, estimator):
+    network = make("mlp")
+    evolution = Evolution(network, lambda o, y: accuracy(o, y).to(dtype), estimator)
+    evolution.backward(evolution.evaluate(*batch()))
     assert all(p.grad.dtype == torch.float32 for p in network.parameters())
 
 
-def test_members_in_bfloat16_of_the_usual_network_are_not_taken_for_folded():
-    network, inputs = MLP(), torch.randn(32, 784)
-    members = BatchMembers(8)
-    evolution = Evolution(network, cross_entropy(), members, dtype=torch.bfloat16)
-    evolution.backward(evolution.evaluate(inputs, torch.zeros(32, dtype=torch.long)))
-    assert all(p.grad.dtype == torch.float32 for p in network.parameters())
-
-
-@KINDS
-def test_nothing_is_compiled_after_the_first_step(network, batch, members):
-    evolution = Evolution(network, cross_entropy(), members, backend="compile")
-    inputs, labels = batch
-    train(evolution, batch, 1)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        train(evolution, batch, 3)
-        train(evolution, (inputs[:5], labels[:5]), 1)  # a batch that is cut off runs eagerly
-
-
-def test_a_network_of_many_layers_is_compiled_layer_by_layer():
-    layers = [module for _ in range(9) for module in (nn.Linear(5, 5), nn.Tanh())]
-    network, inputs = nn.Sequential(*layers, nn.Linear(5, 3)), torch.randn(4, 5)
-    evolution = Evolution(network, cross_entropy(), ExampleMembers(20), backend="compile")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        evolution.evaluate(inputs, torch.tensor([0, 1, 2, 0]))
-    assert evolution.backend == "compile"
-
-
-def test_a_fitness_from_elsewhere_runs_eagerly(network, batch):
-    seen = []
-
-    def fitness(outputs, labels):
-        seen.append(torch.compiler.is_compiling())
-        return cross_entropy()(outputs, labels)
-
-    train(Evolution(network, fitness, ExampleMembers(8), backend="compile"), batch, 2)
-    assert seen and not any(seen)
-
-
-def test_a_broken_compiler_costs_one_warning(network, batch):
-    evolution = Evolution(network, cross_entropy(), ExampleMembers(8), backend="compile")
-    evolution.expand = None
-
-    def broken(*_):
-        raise RuntimeError("no such instruction")
-
-    evolution.warm_up(*batch)
-    for scorer in evolution._scorers.values():
-        scorer.compiled, scorer.shapes = broken, None
-    with pytest.warns(UserWarning, match=r"going on with backend eager \(no such") as caught:
-        train(evolution, batch, 2)
-    assert evolution.backend == "eager" and len({str(w.message) for w in caught}) == 1
-
-
-def test_an_error_of_the_function_itself_is_not_the_compilers():
-    def wrong(x):
-        return x @ torch.ones(3, 3)
-
-    with warnings.catch_warnings(), pytest.raises(RuntimeError):
-        warnings.simplefilter("error")
-        Compiled(wrong, "compile", torch.device("cpu"))(torch.ones(2, 2))
-
-
-def test_backends_that_cannot_run_are_named(network):
-    for backend, message in (("jax", "not known"), ("fused", "on CUDA")):
-        with pytest.raises(BackendError, match=message):
-            Evolution(network, cross_entropy(), BatchMembers(4), backend=backend)
-
-
-@pytest.mark.parametrize("activation", ["sign", "step", "argmax-k", "int8-round"])
-def test_networks_without_a_gradient_evolve(activation, batch):
-    network = MLP(7, 16, 3, seed=1, activation=activation)
-    first = network.layers[0].weight
-    F.cross_entropy(network(batch[0]), batch[1]).backward()
-    assert first.grad is None or not first.grad.any()
-    members = ExampleMembers(36, sigma=0.1, antithetic=True)
-    fitness = train(Evolution(network, cross_entropy(), members), batch, 60, 0.05)
-    assert fitness[-1] > fitness[0] + 0.2
-    assert isinstance(network.layers[0], nn.Linear)
-
-
-def test_the_fast_selection_of_the_kth_largest_is_the_reference():
-    x = torch.randn(3, 5, 33).round(decimals=1)  # with ties
-    for k in (1, 9, 33):
-        reference = kth_largest(x.double(), k)  # torch's own
-        assert torch.equal(kth_largest(x, k).double(), reference)
+def test_a_fitness_of_the_whole_batch_and_its_mean_over_examples_are_one():
+    found = []
+    for fitness in (cross_entropy, lambda o, y: cross_entropy(o, y).mean(1)):
+        found.append(Evolution(make("mlp"), fitness, BlockLowRank(40)).evaluate(*batch()))
+    torch.testing.assert_close(*found)

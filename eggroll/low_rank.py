@@ -1,0 +1,105 @@
+"""EGGROLL as printed: members perturb all layers at once by low-rank Gaussian matrices.
+
+Source: arXiv 2511.16652, Algorithm 1, with antithetic pairs.
+Shapes: n pairs, P = 2 n members, B examples, R rank, I / O inputs / outputs of a layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eggroll.blocks import Draw, Layer, PopulationError
+from eggroll.fitness import Shaping, z_score
+from eggroll.noise import gaussian
+
+PAIRS = 16  # of a draw: their noise grows with the population, so it is never all in memory
+
+
+class Factors(NamedTuple):
+    """A perturbation E = a^T b for each direction: a (n, R, O) is A / sqrt(R), b (n, R, I) is B."""
+
+    a: Tensor
+    b: Tensor
+
+    def part(self, directions: slice) -> "Factors":
+        return Factors(self.a[directions], self.b[directions])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + sigma A B^T / sqrt(R) in every layer at once, in antithetic pairs, one score per member.
+
+    Raises PopulationError for invalid values.
+    """
+
+    population: int = 832
+    """Members in all; rounded to pairs."""
+    sigma: float = 0.02
+    """Scale of a perturbation, in the weights' units."""
+    rank: int = 1
+    """Rank R of a perturbation."""
+    shaping: Shaping = z_score
+    """Of all members' scores; `identity` gives the gradient itself."""
+
+    per_example: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.population < 1 or self.rank < 1:
+            raise PopulationError(
+                f"population and rank must be at least 1, got {self.population} and {self.rank}"
+            )
+        if not self.sigma > 0:
+            raise PopulationError(f"sigma must be > 0, got {self.sigma}")
+
+    def draws(self, layers: Mapping[int, Layer]) -> list[Draw]:
+        """Plan draws of PAIRS pairs each."""
+        pairs = max(self.population // 2, 1)
+        first = min(position for layer in layers.values() for position in layer.calls)
+        return [
+            Draw(tuple(layers), number, min(PAIRS, pairs - start), 2, 2 * start, first)
+            for number, start in enumerate(range(0, pairs, PAIRS))
+        ]
+
+    def sample(self, layer: Layer, draw: Draw, rng: torch.Generator) -> Factors:
+        """Draw A and B of the pairs; draws are whole, whatever the population."""
+        weight, sizes = layer.module.weight, [layer.outputs, layer.inputs]
+        a, b = gaussian((PAIRS, self.rank, sum(sizes)), weight, rng).split(sizes, -1)
+        return Factors(a / self.rank**0.5, b).part(slice(draw.directions))
+
+    def perturb(self, noise: Factors, layer: Layer, position: int, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + x (sigma E)^T, (2 n, B, ..., O): members with sign +, then those with -."""
+        a, b = self.sigma * noise.a, noise.b
+        if len(x) > 1:  # members read their own x
+            b = torch.cat([b, b])
+        return add_low_rank(y, layer.with_one(x), torch.cat([a, -a]), b)
+
+    def weights(self, scores: Tensor, baseline: Tensor) -> Tensor:
+        """Shape the slopes along each member's E, (P,)."""
+        return self.shaping((scores - baseline) / self.sigma) / len(scores)
+
+    def gradient(self, noise: Factors, weights: Tensor, layer: Layer) -> Tensor:
+        """Ascent direction of [W, bias], (O, I): the sum of weights (n, 2) times +-E."""
+        return weighted_sum(noise, (weights[:, 0] - weights[:, 1])[:, None])
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return y + (x b^T) a, (P, B, ..., O), without forming a^T b.
+
+    x (P or 1, B, ..., I), y (P or 1, B, ..., O), a (P, R, O), b (P, R, I); where x is shared, b may
+    have fewer rows, which repeat.
+    """
+    if len(x) == 1:  # one product for all members
+        u = (b.flatten(0, 1) @ x.flatten(0, -2).T).unflatten(0, b.shape[:2]).mT
+        u = u.repeat(len(a) // len(b), 1, 1)
+    else:
+        u = torch.bmm(x.flatten(1, -2), b.mT)
+    return torch.baddbmm(y.flatten(1, -2), u, a).view(len(a), *y.shape[1:])
+
+
+def weighted_sum(noise: Factors, weights: Tensor) -> Tensor:
+    """Sum of weights (n, O or 1) times E = a^T b over the directions, (O, I), in one product."""
+    weighted = noise.a * weights.unsqueeze(1)
+    return weighted.flatten(0, 1).T @ noise.b.flatten(0, 1)

@@ -1,0 +1,107 @@
+"""Node perturbation: members move a layer's outputs by orthogonal signs, one score per example.
+
+EGGROLL with one example per member, Rao-Blackwellised: docs/method.md derives it. It coincides with
+node perturbation (Werfel, Xie, Seung 2003).
+
+Shapes: n directions, K blocks, G units of a block, B examples, I / O inputs / outputs of the layer.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from eggroll.blocks import Blocks, Draw, Layer, PopulationError, pad
+from eggroll.noise import hadamard, signs
+
+
+class Moves(NamedTuple):
+    """What directions add to an output: size * signs * rows."""
+
+    rows: Tensor  # (n, O): orthogonal within each block
+    signs: dict[int, Tensor]  # of each example's units, (B, ..., O), by call
+    size: dict[int, Tensor]  # 0-d, by call
+
+    def part(self, directions: slice) -> "Moves":
+        return self._replace(rows=self.rows[directions])
+
+
+@dataclass(frozen=True)
+class NodePerturbation(Blocks):
+    """Move one block of a layer's outputs by signs, with a score for each example.
+
+    Raises PopulationError for invalid values.
+    """
+
+    population: int | tuple[int, ...] = (96, 128, 16)
+    """Members that see each example, in all or for each layer; at most all orthogonal rows."""
+    sigma: float = 0.004
+    """Scale of a perturbation, in the weights' units: outputs move by sigma times |input|."""
+    units: int = 16
+    """Units of a layer that a member moves, a power of two."""
+    antithetic: bool = False
+    """Perturb in pairs with signs + and -."""
+
+    per_example: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.units & (self.units - 1):
+            raise PopulationError(
+                f"units must be a power of two, got {self.units} (try {_power_of_two(self.units)})"
+            )
+
+    def rounded(self, directions: float, layer: Layer) -> int:
+        """Return a number of directions: at most a full set of rows, in pairs where antithetic."""
+        signs, rows = 1 + self.antithetic, _power_of_two(self.block_units(layer))
+        return min(max(round(directions / signs), 1), rows) * signs
+
+    def sample(self, layer: Layer, draw: Draw, rng: torch.Generator) -> Moves:
+        """Draw rows of a Hadamard matrix, the same for all blocks, and the examples' signs."""
+        dtype, order = next(iter(layer.calls.values())).y.dtype, _power_of_two(draw.units)
+        chosen = torch.randperm(order, generator=rng, device=rng.device)
+        chosen = chosen[: draw.directions // (1 + self.antithetic)]
+        rows = hadamard(order, dtype, rng.device)[chosen, : draw.units]
+        rows = rows.repeat(1, draw.blocks)[:, : layer.outputs]
+        if self.antithetic:
+            rows = torch.stack([rows, -rows], 1).flatten(0, 1)
+        drawn = {p: signs(call.y.shape[1:], dtype, rng) for p, call in layer.calls.items()}
+        return Moves(rows, drawn, {p: self.size(call.x, layer) for p, call in layer.calls.items()})
+
+    def size(self, x: Tensor, layer: Layer) -> Tensor:
+        """Return how far units move, 0-d: sigma times the root mean square norm of x."""
+        return self.sigma * (x.square().sum(-1).mean() + layer.has_bias).sqrt()
+
+    def perturb(self, noise: Moves, layer: Layer, position: int, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + the move of each direction, (n, B, ..., O)."""
+        rows = noise.rows.view(len(noise.rows), *[1] * (y.dim() - 2), -1)
+        return torch.addcmul(y, noise.signs[position] * noise.size[position], rows)
+
+    def weights(self, scores: Tensor, baseline: Tensor) -> Tensor:
+        """Return how much each member changes each example's score, (P, B)."""
+        return scores - baseline
+
+    def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
+        """Ascent direction of [W, bias], (O, I), from weights (n, K, B).
+
+        delta = mean over n of the change in score times the row, over the size of a move, is on
+        average the derivative of an example's score in the layer's output; W follows by the outer
+        product with the input.
+        """
+        n, blocks, examples = weights.shape
+        rows = pad(noise.rows, self.block_units(layer)).view(n, blocks, -1)
+        delta = torch.bmm(weights.permute(1, 2, 0), rows.transpose(0, 1) / n)  # (K, B, G)
+        delta = delta.transpose(0, 1).flatten(1)[:, : layer.outputs]
+        total = delta.new_zeros(layer.outputs, layer.inputs)
+        for position, call in layer.calls.items():
+            # a batch of blanks has size 0, and a gradient of 0
+            size = noise.size[position].clamp_min(torch.finfo(delta.dtype).tiny)
+            own = delta.view(examples, *[1] * (call.y.dim() - 3), -1) * noise.signs[position] / size
+            total = total + own.flatten(0, -2).T @ layer.with_one(call.x[0]).flatten(0, -2)
+        return total / examples
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
