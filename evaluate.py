@@ -1,6 +1,6 @@
-"""Evaluate the weights that a run left behind, float32 or int8, on the test set of its dataset.
+"""Evaluate the weights of a run, float or int8, on the test set of its dataset.
 
-python evaluate.py results/latest/eggroll-int8/seed0
+python evaluate.py results/latest/eggroll/seed0
 """
 
 from dataclasses import dataclass
@@ -11,58 +11,58 @@ import torch
 import tyro
 from torch import nn
 
-from eggroll import MLP
 from eggroll.int8 import INT8_SCALE, Int8MLP
-from lab import cli, data, user_fitness
-from lab.cli import DataFlags, PathFlag
-from lab.evaluation import logits_of, measure
-from lab.network import start_from
+from experiment import config
+from experiment.config import PathFlag, read_config
+from experiment.data import load, quantised
+from experiment.evaluation import evaluate, logits_of
+from experiment.files import load_weights
+from experiment.fitness_file import load_fitness
+from experiment.script import run_script
+from model import MLP
 
 
 @dataclass(frozen=True)
 class Config:
-    """Evaluate the weights that a run left behind, float32 or int8."""
+    """Flags of evaluation."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Of the run: it holds config.json and model.safetensors."""
+    """Folder of the run, with config.json and model.safetensors."""
     data_dir: PathFlag = None
-    """Folder in torchvision's layout (default: $MNIST_DIR, else data)."""
+    """Folder in torchvision's layout (None: $MNIST_DIR, else data)."""
     fitness: Annotated[str | None, tyro.conf.arg(metavar="FILE.py:FUNCTION")] = None
-    """A function of your own, as --fitness of mnist_eggroll.py has it: its mean is printed too."""
+    """Print the mean of this fitness function as well."""
 
 
-def load_network(folder: Path, flags: dict[str, Any]) -> nn.Module:
-    """The run's network with its weights. Raises UserError where they cannot be read."""
-    options = {name: flags[name] for name in ("hidden_dim", "activation", "bias")}
-    network: nn.Module = MLP(**options)
-    if flags.get("dtype") == "int8":
+def load_network(folder: Path, saved: dict[str, Any]) -> nn.Module:
+    """Return a run's network with its weights. Raises UserError where they cannot be read."""
+    options = {"activation": "gelu", "bias": False} | saved["flags"]  # int8 has neither flag
+    names = ("hidden_dim", "activation", "bias")
+    network: nn.Module = MLP(**{name: options[name] for name in names})
+    if saved["method"].endswith("-int8"):
         network = Int8MLP(network)
-    start_from(folder / "model.safetensors", network)
+    load_weights(folder / "model.safetensors", network)
     return network
 
 
 def main() -> None:
-    config = tyro.cli(Config, config=cli.MARKERS, description=__doc__.splitlines()[0])
-    flags = cli.read_saved_config(config.folder)["flags"]
-    network = load_network(config.folder, flags)
-    of_run = DataFlags(flags["dataset"], config.data_dir, flags["train_on_all"])
-    digits = data.load_for(of_run, torch.device("cpu"))
+    flags = tyro.cli(Config, description=(__doc__ or "").splitlines()[0])
+    saved = read_config(flags.folder)
+    network = load_network(flags.folder, saved)
+    trained_on = {name: saved["flags"][name] for name in ("dataset", "train_on_all")}
+    data = load(config.Config(data_dir=flags.data_dir, **trained_on), torch.device("cpu"))
     if isinstance(network, Int8MLP):
-        digits = data.quantised(digits, INT8_SCALE)
-    found = measure(network, digits, digits.test)
-    nats = found.cross_entropy
-    print(f"test accuracy {found.accuracy:.2%}, cross-entropy {nats:.4f} nats, on {digits.name}")
-    for digit, right in enumerate(found.by_digit):
-        print(f"  {digit}: {right:7.2%}")
-    if config.fitness:
-        print(f"fitness {mean_fitness(config.fitness, network, digits):.6g}: {config.fitness}")
-
-
-def mean_fitness(name: str, network: nn.Module, digits: data.Dataset) -> float:
-    """A user's fitness of the network on the whole test set, or its mean over the images."""
-    outputs = logits_of(network, digits, digits.test).unsqueeze(0)
-    return user_fitness.load(name)(outputs, digits.test.labels).float().mean().item()
+        data = quantised(data, INT8_SCALE)
+    result = evaluate(network, data, data.test)
+    accuracy, nats = f"{result.accuracy:.2%}", f"{result.cross_entropy:.4f}"
+    print(f"test accuracy {accuracy}, cross-entropy {nats} nats, on {data.name}")
+    for label, right in enumerate(result.by_class):
+        print(f"  {label}: {right:7.2%}")
+    if flags.fitness:
+        outputs = logits_of(network, data, data.test).unsqueeze(0)  # one member
+        scores = load_fitness(flags.fitness)(outputs, data.test.labels)
+        print(f"fitness {scores.float().mean():.6g}: {flags.fitness}")
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "evaluate.py", errors=())
+    run_script(main, "evaluate.py")

@@ -1,4 +1,4 @@
-"""Shared by the tests: small networks, and the scripts as a user runs them."""
+"""Shared by the tests: small networks and data, and scripts as a user runs them."""
 
 import contextlib
 import gc
@@ -17,10 +17,9 @@ from unittest import mock
 import pytest
 import torch
 
-from eggroll import MLP
+from model import MLP
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ("--dataset", "mnist-sample")
 
 
 def pytest_configure(config):
@@ -40,7 +39,7 @@ def write_idx(path, array_bytes, *shape):
 
 @pytest.fixture
 def mnist_dir(tmp_path):
-    """A folder in torchvision's layout that holds a few images."""
+    """Return a folder in torchvision's layout that holds a few images."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for prefix, n in (("train", 80), ("t10k", 20)):
@@ -52,7 +51,7 @@ def mnist_dir(tmp_path):
 
 @pytest.fixture
 def small_network():
-    """Sizes are odd and unequal, so that a transposed or mixed-up axis cannot go unseen."""
+    """Return an MLP of odd, unequal sizes, which a transposed or mixed-up axis does not fit."""
     return MLP(7, 5, 3, seed=1)
 
 
@@ -64,7 +63,7 @@ def batch():
 
 
 def captured(name, flags, run):
-    """What `run` does as the command `name flags`: its exit code, stdout and stderr."""
+    """Run a function as the command `name flags`; return its exit code, stdout and stderr."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     threads = torch.get_num_threads()
     with (
@@ -77,18 +76,18 @@ def captured(name, flags, run):
             run()
         except SystemExit as stop:
             code = stop.code or 0
-    torch.set_num_threads(threads)  # --threads is the process's
-    gc.collect()  # a run that failed lets go of its folder
+    torch.set_num_threads(threads)  # --threads changes the process
+    gc.collect()  # releases the folder of a run that failed
     return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
 
 
 def call(script, *flags):
-    """`python script flags` within this process: a process of its own takes seconds to start."""
+    """Run `python script flags` in this process, which saves seconds of imports."""
     return captured(script, flags, lambda: runpy.run_path(str(ROOT / script), run_name="__main__"))
 
 
 def run_command(*command, env=None, cwd=ROOT, timeout=240, **options):
-    """Run a command in a process of its own, with its output captured."""
+    """Run a command in a process of its own and capture its output."""
     threads = {"OMP_NUM_THREADS": "1"}  # the suite runs several at once
     return subprocess.run(
         [str(part) for part in command],

@@ -1,0 +1,1 @@
+"""The experiment around the algorithm: flags, data, runs, results."""

@@ -1,0 +1,37 @@
+"""torch's optimizers and schedules, chosen by flags."""
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from experiment.config import Config, FloatConfig
+
+WARM_UP = 0.2  # part of a onecycle schedule in which the learning rate rises
+
+
+def make_optimizer(network: nn.Module, config: FloatConfig) -> torch.optim.Optimizer:
+    lr, decay, momentum = config.lr, config.weight_decay, config.momentum
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=decay)
+        case "adam":
+            return torch.optim.Adam(network.parameters(), lr, weight_decay=decay)
+        case "adamw":
+            return torch.optim.AdamW(network.parameters(), lr, weight_decay=decay)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, config: Config, steps: int
+) -> lr_scheduler.LRScheduler:
+    """Return the learning rate's schedule over `steps` steps of the optimizer."""
+    match config.schedule:
+        case "linear":
+            return lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        case "onecycle":  # one step more than are taken, since the last one has a rate of almost 0
+            return lr_scheduler.OneCycleLR(
+                optimizer, config.lr, steps + 1, pct_start=WARM_UP, cycle_momentum=False
+            )
+        case "constant":
+            return lr_scheduler.ConstantLR(optimizer, 1.0)

@@ -1,1 +1,0 @@
-"""The experiment around the algorithm: data, flags, clocks, files, tables and plots."""
