@@ -88,14 +88,17 @@ class Chunk(NamedTuple):
     """Directions of a draw that are evaluated together."""
 
     draw: Draw
-    first: int
-    directions: int
+    directions: slice
 
     @property
     def members(self) -> slice:
         """Their place in the step's scores."""
-        first = self.draw.start + self.first * self.draw.blocks
-        return slice(first, first + self.directions * self.draw.blocks)
+        start, blocks = self.draw.start, self.draw.blocks
+        return slice(start + self.directions.start * blocks, start + self.directions.stop * blocks)
+
+    def by_direction(self, scores: Tensor) -> Tensor:
+        """Order scores (K n, ...), which come block by block, direction by direction."""
+        return scores.unflatten(0, (self.draw.blocks, -1)).transpose(0, 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)

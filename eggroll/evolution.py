@@ -75,7 +75,7 @@ class Evolution:
         for index, layer in enumerate(self.layers):
             layer.module.forward = partial(self._linear, index)
         self.draws: list[Draw] = []  # planned on the first batch
-        self._drawn: tuple[int, Draw, list] | None = None
+        self._drawn: tuple[Draw, dict[int, Any]] | None = None
 
     # ---- a step ----
 
@@ -93,7 +93,8 @@ class Evolution:
         rank, processes = _process()
         for number, chunk in enumerate(self._chunks()):
             if number % processes == rank:
-                scores[chunk.members] = self._score(chunk, inputs, labels)
+                outputs = self._run(partial(self._perturbed, chunk), self._inputs(chunk, inputs))
+                scores[chunk.members] = chunk.by_direction(self._fitness_of(outputs, labels))
         if processes > 1:
             dist.all_reduce(scores)  # zeros where another process scored: the sum is exact
         check_finite(scores, self.step)
@@ -103,14 +104,14 @@ class Evolution:
     def backward(self, scores: Tensor) -> None:
         """Leave minus the ascent direction in `.grad`: optimizers descend, fitness is to rise."""
         ascent: dict[Tensor, Tensor] = {}
-        for layers, group in groupby(self.draws, key=lambda draw: draw.layers):
+        for _, group in groupby(self.draws, key=lambda draw: draw.layers):
             draws = list(group)
             start, stop = draws[0].start, draws[-1].start + draws[-1].members
             weights = self.estimator.weights(scores[start:stop], self.baseline)
             for draw in draws:
                 own = weights[draw.start - start :][: draw.members]
                 own = own.unflatten(0, (draw.directions, draw.blocks))
-                for index, noise in zip(layers, self._noise(draw), strict=True):
+                for index, noise in self._noise(draw).items():
                     layer = self.layers[index]
                     self._add(ascent, layer, self.estimator.gradient(noise, own, layer))
         for parameter, direction in ascent.items():
@@ -130,41 +131,37 @@ class Evolution:
 
     # ---- members ----
 
-    def _score(self, chunk: Chunk, inputs: Tensor, labels: Any) -> Tensor:
-        """Scores of a chunk's members, (members,) or (members, B), direction by direction."""
-        draw, directions = chunk.draw, slice(chunk.first, chunk.first + chunk.directions)
-        noise = [noise.part(directions) for noise in self._noise(draw)]
-        forward = partial(self._perturbed, draw, dict(zip(draw.layers, noise, strict=True)))
-        expand = any(self.layers[index].expand for index in draw.layers)
-        rows = draw.blocks * chunk.directions if expand else 1
-        scores = self._fitness_of(self._run(forward, inputs.expand(rows, *inputs.shape)), labels)
-        # outputs come block by block
-        return scores.unflatten(0, (draw.blocks, chunk.directions)).transpose(0, 1).flatten(0, 1)
-
-    def _perturbed(
-        self, draw: Draw, noise: dict[int, Any], position: int, index: int, x: Tensor
-    ) -> Tensor:
+    def _perturbed(self, chunk: Chunk, position: int, index: int, x: Tensor) -> Tensor:
         """Output of a layer in the population's forward: y + move where it is perturbed."""
-        layer, call = self.layers[index], self.calls[position]
+        draw, layer, call = chunk.draw, self.layers[index], self.calls[position]
         if position < draw.first_call:  # copied, since an activation may work in place
             return call.y.expand(len(x), *call.y.shape[1:]).clone()
-        if index in noise:
+        if index in draw.layers:
             x, y = (call.x, call.y) if position == draw.first_call else (x, layer.product(x))
-            moved = self.estimator.perturb(noise[index], layer, position, x, y)
+            noise = self._noise(draw)[index].part(chunk.directions)
+            moved = self.estimator.perturb(noise, layer, position, x, y)
             return torch.cat([y, moved]) if draw.splits else moved
         if isinstance(self.estimator, Blocks) and position in draw.splits:
             return self.estimator.split(layer, x, draw)
         return layer.product(x)
 
-    def _noise(self, draw: Draw) -> list[Any]:
-        """Noise of each layer of a draw; drawn again from its key unless it was the last one."""
-        if self._drawn is None or self._drawn[:2] != (self.step, draw):
-            noise = [
-                self.estimator.sample(self.layers[index], draw, self._rng(index, draw.number))
+    def _inputs(self, chunk: Chunk, inputs: Tensor) -> Tensor:
+        """Inputs (1, B, ...), which broadcast, or (P, B, ...) where the network needs that."""
+        expand = any(self.layers[index].expand for index in chunk.draw.layers)
+        members = chunk.members.stop - chunk.members.start
+        return inputs.expand(members if expand else 1, *inputs.shape)
+
+    def _noise(self, draw: Draw) -> dict[int, Any]:
+        """Noise of a draw by layer; drawn again from its key unless it was the last one."""
+        if self._drawn is None or self._drawn[0] != draw:
+            noise = {
+                index: self.estimator.sample(
+                    self.layers[index], draw, self._rng(index, draw.number)
+                )
                 for index in draw.layers
-            ]
-            self._drawn = self.step, draw, noise
-        return self._drawn[2]
+            }
+            self._drawn = draw, noise
+        return self._drawn[1]
 
     def _rng(self, parameter: int, block: int = 0) -> torch.Generator:
         device = self.layers[0].module.weight.device
@@ -179,7 +176,7 @@ class Evolution:
             largest = CHUNK.get(call.y.device.type, CHUNK["cpu"])
             count = max(1, largest // (widest * call.y[..., 0].numel()))
             for first in range(0, draw.directions, count):
-                yield Chunk(draw, first, min(count, draw.directions - first))
+                yield Chunk(draw, slice(first, min(first + count, draw.directions)))
 
     # ---- the population's network ----
 
@@ -198,6 +195,7 @@ class Evolution:
         for module, original in zip(self._copy.modules(), self.network.modules(), strict=True):
             module.training = original.training
         self.calls: list[Call] = []
+        self._drawn = None  # noise may depend on the batch
         outputs = self._run(self._recorded, inputs[None])
         for index, layer in enumerate(self.layers):
             layer.calls = {p: call for p, call in enumerate(self.calls) if call.layer == index}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eggroll.fitness import Fitness, check_scores
+from eggroll.fitness import Fitness, FitnessError, check_scores
 from eggroll.noise import gaussian
 
 # Tuned on the validation split (results/LOG.md)
@@ -27,17 +27,17 @@ class Smoothing:
     tau      standard deviation of the noise on the outputs, in their units
     samples  noisy copies of the unperturbed outputs scored at each step, in antithetic pairs
 
-    Raises ValueError for an invalid tau or number of samples.
+    Raises FitnessError for an invalid tau or number of samples.
     """
 
     def __init__(self, tau: float = 2.0, samples: int = 256):
         if samples < 2 or samples % 2:
-            raise ValueError(
+            raise FitnessError(
                 f"smoothing samples {samples}: antithetic pairs need an even number (try "
                 f"{max(2, samples + 1)})"
             )
         if not tau > 0:
-            raise ValueError(f"smoothing tau must be > 0, got {tau} (try 2)")
+            raise FitnessError(f"smoothing tau must be > 0, got {tau} (try 2)")
         self.tau, self.samples = tau, samples
         self.scale = torch.zeros(())  # of the scores so far
 

@@ -67,7 +67,7 @@ def mask(member: Member, outputs: int) -> Tensor:
 
 def perturbation(evolution: Evolution, member: Member, index: int) -> Tensor:
     """Return E of [W, bias], (O, I), of a low-rank member."""
-    noise = evolution._noise(member.draw)[member.draw.layers.index(index)]
+    noise = evolution._noise(member.draw)[index]
     a, b = noise.a[member.direction], noise.b[member.direction]  # (R, O), (R, I)
     total = sum(torch.outer(a[r], b[r]) for r in range(len(a)))
     if isinstance(evolution.estimator, LowRank):
@@ -77,7 +77,7 @@ def perturbation(evolution: Evolution, member: Member, index: int) -> Tensor:
 
 def output_moves(evolution: Evolution, member: Member, index: int) -> list[Tensor]:
     """Return what a member of node perturbation adds to each call of its layer, (B, ..., O)."""
-    (noise,) = evolution._noise(member.draw)
+    noise = evolution._noise(member.draw)[index]
     row = noise.rows[member.direction] * mask(member, noise.rows.shape[-1])
     return [noise.size[call] * noise.signs[call] * row for call in evolution.layers[index].calls]
 
@@ -96,7 +96,7 @@ def ascent(evolution: Evolution, scores: Tensor) -> list[Tensor]:
                 change_of_fitness = change / evolution.estimator.sigma
                 totals[index] += change_of_fitness * perturbation(evolution, member, index) / count
                 continue
-            (noise,) = evolution._noise(member.draw)
+            noise = evolution._noise(member.draw)[index]
             for (p, call), move in zip(
                 layer.calls.items(), output_moves(evolution, member, index), strict=True
             ):

@@ -150,7 +150,7 @@ def test_ranks_and_blocks_have_the_same_second_moment():
     for rank in (1, 4):
         evolution = Evolution(make("mlp"), cross_entropy, BlockLowRank(30_000, rank=rank, units=4))
         evolution.inspect(batch()[0])
-        (noise,) = evolution._noise(evolution.draws[0])
+        noise = evolution._noise(evolution.draws[0])[0]
         e = torch.einsum("nro,nri->noi", noise.a, noise.b)
         torch.testing.assert_close(e.square().mean(0), torch.ones(12, 8), rtol=0.15, atol=0)
 
@@ -160,7 +160,7 @@ def test_rows_of_node_perturbation_are_orthogonal_within_each_block():
         network = nn.Sequential(nn.Linear(7, outputs), nn.Tanh(), nn.Linear(outputs, 3))
         evolution = Evolution(network, cross_entropy, NodePerturbation(10_000, units=units))
         evolution.evaluate(*batch())
-        (noise,) = evolution._noise(evolution.draws[0])
+        noise = evolution._noise(evolution.draws[0])[0]
         for block in noise.rows.split(units, 1):
             gram = block.T @ block
             torch.testing.assert_close(gram, len(noise.rows) * torch.eye(block.shape[1]))

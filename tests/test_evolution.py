@@ -135,13 +135,25 @@ def test_noise_of_different_keys_is_independent(other):
 
 
 @EVERY
+def test_scores_of_a_batch_do_not_depend_on_the_batch_before(estimator):
+    """As a warm-up evaluates one batch and training another, at the same step."""
+    inputs, labels = batch()
+    evolution = Evolution(make("mlp"), cross_entropy, estimator)
+    expected = evolution.evaluate(inputs, labels)
+    evolution = Evolution(make("mlp"), cross_entropy, estimator)
+    evolution.evaluate(3 * inputs, labels)
+    evolution._noise(evolution.draws[0])  # as if a process had begun with this draw
+    assert torch.equal(evolution.evaluate(inputs, labels), expected)
+
+
+@EVERY
 def test_layers_of_one_size_do_not_share_noise(estimator):
     network = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 3))
     evolution = Evolution(network, cross_entropy, estimator)
     evolution.evaluate(*batch())
     drawn = {}
     for draw in evolution.draws:
-        for index, parts in zip(draw.layers, evolution._noise(draw), strict=True):
+        for index, parts in evolution._noise(draw).items():
             drawn.setdefault(index, parts)
     for field in ("a", "b", "signs"):
         if hasattr(drawn[0], field):

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eggroll import Smoothing, accuracy, centered_rank, cross_entropy, identity, z_score
+from eggroll import (
+    FitnessError,
+    Smoothing,
+    accuracy,
+    centered_rank,
+    cross_entropy,
+    identity,
+    z_score,
+)
 from eggroll.smoothing import GAIN, OUTPUT_DECAY
 
 
@@ -134,5 +142,5 @@ def test_a_members_score_is_how_far_its_outputs_moved_along_the_direction():
 
 @pytest.mark.parametrize(("tau", "samples"), [(0.0, 4), (1.0, 3), (1.0, 0)])
 def test_invalid_smoothing_is_refused(tau, samples):
-    with pytest.raises(ValueError, match=r"\(try "):
+    with pytest.raises(FitnessError, match=r"\(try "):
         Smoothing(tau, samples)
