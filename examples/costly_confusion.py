@@ -1,9 +1,7 @@
-"""Accuracy with a price: to answer 4 where the digit is a 9 costs as much as fifty others.
+"""Accuracy with a price: answering 4 for a 9 costs as much as fifty other mistakes.
 
-python mnist_eggroll.py --fitness examples/costly_confusion.py:minus_cost
+python mnist_eggroll.py node-perturbation --fitness examples/costly_confusion.py:minus_cost
 python evaluate.py results/runs/FOLDER --fitness examples/costly_confusion.py:minus_cost
-
-docs/results.md has what comes out, beside networks that were trained on hits and by backprop.
 """
 
 from torch import Tensor
@@ -12,7 +10,7 @@ COSTLY = 50.0
 
 
 def minus_cost(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Outputs (P, B, 10) and labels (B,) to minus what each answer costs, (P, B)."""
+    """Return minus the cost of each answer, (P, B), from outputs (P, B, 10) and labels (B,)."""
     answers = outputs.argmax(-1)
     cost = (answers != labels).to(outputs.dtype)
     cost[(answers == 4) & (labels == 9)] = COSTLY

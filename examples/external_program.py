@@ -1,13 +1,10 @@
-"""The verdict of another program as the fitness: here awk, with the rules in judge.awk.
+"""Another program's verdict as the fitness: here awk, with the rules in judge.awk.
 
-python mnist_eggroll.py --fitness examples/external_program.py:verdict
+python mnist_eggroll.py node-perturbation --fitness examples/external_program.py:verdict
 
-What comes out after six epochs: 97.4 % of the test digits. The judge counts what
-is right in a batch; other rules are other lines of awk.
-
-The program is started once and asked over pipes: a line with the right digits, then a line with
-each member's answers, for which it returns a line with a score. Only digits reach it and only
-scores come back, so it might as well be a simulator, a compiler or a person.
+The program starts once and is called over pipes: it reads a line with the labels, then a line with
+each member's answers, and writes a line with a score for each. It sees digits alone, so it could be
+a simulator, a compiler or a person.
 """
 
 import subprocess
@@ -18,16 +15,16 @@ import torch
 from torch import Tensor
 
 RULES = Path(__file__).with_name("judge.awk")
-AT_ONCE = 256  # answers on the way to the judge: more could fill both pipes, and each side wait
+AT_ONCE = 256  # answers sent before scores are read: more could fill both pipes, a deadlock
 
 
 @cache
 def judge() -> subprocess.Popen:
-    """The one judge of this process; it ends when its input does."""
+    """Start the program; it ends when its input does."""
     version = subprocess.run(
         ["awk", "-W", "version"], capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
-    # mawk alone waits for a full buffer, unless it is told that somebody waits for it
+    # mawk reads whole buffers unless told to read lines
     unbuffered = ["-W", "interactive"] if "mawk" in version.stdout + version.stderr else []
     command = ["awk", *unbuffered, "-f", str(RULES)]
     pipe = subprocess.PIPE
@@ -35,7 +32,7 @@ def judge() -> subprocess.Popen:
 
 
 def verdict(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Outputs (P, B, 10) and labels (B,) to what the judge says of each member, (P,)."""
+    """Return the program's score of each member, (P,), from outputs (P, B, 10), labels (B,)."""
     program = judge()
     program.stdin.write(f"truth {digits(labels)}\n")
     scores = []
@@ -47,5 +44,5 @@ def verdict(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def digits(answers: Tensor) -> str:
-    """(B,) as a string of B digits."""
+    """Return answers (B,) as a string of B digits."""
     return (answers + ord("0")).to(torch.uint8).cpu().numpy().tobytes().decode()

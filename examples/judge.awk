@@ -1,6 +1,6 @@
-# Judges answers against the truth, one line each; see external_program.py.
-# "truth 7210..." sets the digits that are right; any other line is one member's answers, and gets
-# the share of them that is right.
+# Scores answers against the labels; see external_program.py.
+# "truth 7210..." sets the labels; any other line holds one member's answers, whose score is the
+# share that is right.
 $1 == "truth" { truth = $2; next }
 {
     right = 0

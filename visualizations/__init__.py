@@ -1,1 +1,1 @@
-"""Figures that explain EGGROLL, one module for each, and the script that draws them."""
+"""Figures that explain EGGROLL."""
