@@ -1,253 +1,212 @@
-"""How well both kinds of members point: cosine of the estimate with the gradient of autograd.
+"""Cosine and norm of each estimator's gradient against autograd's, beside what theory says.
 
-python benchmarks/alignment.py --csv alignment.csv     # some minutes on two cores
-python benchmarks/alignment.py --quick                 # one of them
+python benchmarks/alignment.py --csv alignment.csv    # ten minutes on two cores
+python benchmarks/alignment.py --quick                # half a minute
 
-Over population, rank, sigma and layer, at the start, in the middle and at the end of a training
-by backprop. Beside each measured mean stands what theory says of it, for fitness that is linear in
-the perturbation:
+Over population, rank and sigma, layer by layer and for all weights together, at the start, in the
+middle and at the end of a training by backprop. Where an estimate of layer l has mean G_l and power
+E|estimate|^2 = |G_l|^2 + noise_l, its cosine is about |G_l| / sqrt(power) and its norm over |G_l|
+the inverse. For scores that are linear in the perturbation (O / I outputs / inputs of the layer,
+d_l = O I, R rank, sums over all layers where there is no index), the noise is
 
-batch    cos^2 = |g_l|^2 / (|g_l|^2 (1 + 1 / N) + D_l |g|^2 / N)
-         for N pairs that perturb D weights in all; a layer has D_l of them, and is read through the
-         noise of the whole gradient |g|
-example  cos^2 = |g_l|^2 / (|g_l|^2 + q sum over examples of |g_l of the example|^2)
-         with q = (R - M) (O - 1) / ((R - 1) M) for M of R orthogonal rows and O outputs
+eggroll-dense      (|G|^2 d_l + |G_l|^2 (1 + 2 (O + I + 1) / R)) / N          N antithetic pairs
+eggroll            |G_l|^2 (U (I + 2 / R) + 1 - 2 / R) / n                    n directions, U units
+                   of a block: about |G_l|^2 d_l / P of the P = n O / U members of the layer
+node-perturbation  (H - n) (U - 1) / ((H - 1) n) sum over examples |G_l of the example|^2
+                   n of H orthogonal rows; H is U, rounded up to a power of two
 
-Autograd is used here to judge the estimators, and nowhere by them.
+Autograd judges the estimators here and is used nowhere by them.
 """
 
+import copy
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import matplotlib.pyplot as plt
 import torch
 import tyro
-from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import provenance, show, write_rows
-from eggroll import MLP, BatchMembers, Evolution, ExampleMembers, cross_entropy
-from eggroll.memory import keep_freed_memory
-from eggroll.noise import most_rows
-from lab import cli, data
-from lab.cli import DataFlags, PathFlag
-from lab.plots import STYLE, plain_number, save
+from benchmarks.rows import Flags, Panel, Row, Series, draw, provenance, show, write_rows
+from eggroll import BlockLowRank, Evolution, LowRank, NodePerturbation, cross_entropy, identity
+from eggroll.blocks import Draw
+from experiment import config as experiment_config
+from experiment.config import MARKERS
+from experiment.data import Dataset, load
+from experiment.device import choose_device, set_threads
+from experiment.script import run_script
+from model import MLP
 
 BATCH = 128
 POINTS = ("start", "middle", "end")
-POPULATIONS = (100, 250, 1_000, 4_000)
-MEMBERS = (8, 16, 32, 64, 128, 256)  # of each layer that see an example
-RANKS = (1, 2, 4, 8)
-SIGMAS = {"batch": (0.002, 0.02, 0.05, 0.1), "example": (0.001, 0.004, 0.02, 0.1)}
-USUAL = {"batch": (1_000, 0.02), "example": (64, 0.004)}  # population and sigma
-COLUMNS = ("kind", "point", "layer", "members", "rank", "sigma", "draws")
-COLUMNS += ("cosine", "theory", "ratio_to_theory", "norm_ratio", "device", "torch", "commit")
+Estimator = BlockLowRank | LowRank | NodePerturbation
+# An estimator, and what is changed, one setting at a time; 33 members are a direction of each layer
+SWEEPS: dict[str, tuple[Estimator, tuple[dict, ...]]] = {
+    "eggroll": (
+        BlockLowRank(2112, shaping=identity),
+        ({"population": 528}, {"population": 8448}, {"rank": 4}, {"sigma": 0.002}, {"sigma": 0.1}),
+    ),
+    "eggroll-dense": (
+        LowRank(1000, shaping=identity),
+        ({"population": 250}, {"population": 4000}, {"rank": 4}, {"sigma": 0.002}, {"sigma": 0.1}),
+    ),
+    "node-perturbation": (
+        NodePerturbation(132),
+        (*({"population": 33 * n} for n in (1, 2, 8, 16)), {"sigma": 0.02}, {"sigma": 0.1}),
+    ),
+}
 
 
-@dataclass(frozen=True)
-class Config:
-    """Cosine of each estimator with autograd's gradient."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Flags):
+    """Flags of this benchmark."""
 
     dataset: Literal["mnist", "mnist-sample"] = "mnist"
-    """Which images; mnist-sample needs no network."""
-    data_dir: PathFlag = None
-    """Folder in torchvision's layout (default: $MNIST_DIR, else data)."""
+    """MNIST is read from $MNIST_DIR, else from data; mnist-sample needs no network."""
     draws: int = 16
-    """Estimates per row, of which the mean is given."""
+    """Estimates of a row, each on another batch."""
     quick: bool = False
-    """Few sizes and draws: to see that it works."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to measure."""
-    csv: PathFlag = None
-    """File for the rows; a plot goes beside it."""
-    json: PathFlag = None
-    """File for the rows as a JSON list."""
+    """Measure each estimator once, with two draws."""
 
 
-@dataclass(frozen=True)
-class Case:
-    kind: str
-    members: int
-    rank: int
-    sigma: float
-
-
-def cases(quick: bool) -> Iterator[Case]:
-    """Both kinds at their usual size, and with one thing changed at a time."""
-    for kind, (members, sigma) in USUAL.items():
-        sizes = POPULATIONS if kind == "batch" else MEMBERS
-        for size in sizes[1:3] if quick else sizes:
-            yield Case(kind, size, 1, sigma)
-        if not quick:
-            if kind == "batch":
-                yield from (Case(kind, members, rank, sigma) for rank in RANKS[1:])
-            yield from (Case(kind, members, 1, s) for s in SIGMAS[kind] if s != sigma)
-
-
-def snapshots(digits: data.Dataset) -> dict[str, MLP]:
-    """The network at three points of three epochs of backprop."""
-    network = MLP(seed=0).to(digits.train.labels.device)
+def snapshots(data: Dataset) -> dict[str, MLP]:
+    """Return the network at three points of three epochs of backprop."""
+    network, half, kept = MLP().to(data.train.labels.device), 3 * len(data.train) // BATCH // 2, {}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    per_epoch = len(digits.train) // BATCH
-    kept = {}
-    for step in range(3 * per_epoch + 1):
-        if step % (3 * per_epoch // 2) == 0 and len(kept) < len(POINTS):
-            copy = MLP(seed=0).to(digits.train.labels.device)
-            copy.load_state_dict(network.state_dict())
-            kept[POINTS[len(kept)]] = copy
-        images, labels = batch(digits, step % per_epoch)
+    for step in range(2 * half + 1):
+        if step % half == 0:
+            kept[POINTS[step // half]] = copy.deepcopy(network)
+        images, labels = batch(data, step)
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         optimizer.step()
     return kept
 
 
-def batch(digits: data.Dataset, index: int) -> tuple[Tensor, Tensor]:
-    part = digits.train[torch.arange(index * BATCH, (index + 1) * BATCH)]
-    return digits.scale(part.images), part.labels
+def batch(data: Dataset, number: int) -> tuple[Tensor, Tensor]:
+    first = number * BATCH % (len(data.train) - BATCH + 1)
+    part = data.train[slice(first, first + BATCH)]
+    return data.scale(part.images), part.labels
 
 
-def gradient(network: MLP, images: Tensor, labels: Tensor, examples: int = BATCH) -> list[Tensor]:
-    """Of the summed cross-entropy over `examples`, each layer's as a vector."""
-    loss = F.cross_entropy(network(images), labels, reduction="sum") / examples
-    return [g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))]
+def gradients(network: MLP, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """Gradient of each layer, (O, I), of the cross-entropy's sum over the images, over BATCH."""
+    loss = F.cross_entropy(network(images), labels, reduction="sum") / BATCH
+    return list(torch.autograd.grad(loss, list(network.parameters())))
 
 
-def make_evolution(case: Case, network: MLP) -> Evolution:
-    if case.kind == "batch":
-        members = BatchMembers(case.members, case.sigma, case.rank, shaping="none")
-    else:
-        counts = [min(case.members, most_rows(layer.out_features)) for layer in network.layers]
-        members = ExampleMembers(tuple(counts), case.sigma)
-    return Evolution(network, cross_entropy(), members)
+def power(gradient: Tensor) -> float:
+    return float(gradient.square().sum())
 
 
-def theory(case: Case, network: MLP, images: Tensor, labels: Tensor) -> list[float]:
-    """The cosine that each layer's estimate should have, then the whole network's if it has one."""
-    whole = gradient(network, images, labels)
-    squares = [float(g.square().sum()) for g in whole]
-    if case.kind == "batch":
-        pairs, sizes = case.members / 2, [len(g) for g in whole]
-        noise = [size * sum(squares) / pairs for size in sizes]
-        squares, noise = [*squares, sum(squares)], [*noise, sum(noise)]
+def noise(
+    es: Estimator, plans: list[Draw], network: MLP, true: list[Tensor], data: tuple[Tensor, Tensor]
+) -> list[float]:
+    """Return the noise power of each layer's estimate; `data` is the batch."""
+    powers = [power(gradient) for gradient in true]
+    if isinstance(es, LowRank):
+        pairs = es.population // 2
         return [
-            math.sqrt(s / (s * (1 + 1 / pairs) + n)) for s, n in zip(squares, noise, strict=True)
+            (sum(powers) * g.numel() + own * (1 + 2 * (sum(g.shape) + 1) / es.rank)) / pairs
+            for g, own in zip(true, powers, strict=True)
         ]
-    single = [gradient(network, images[e : e + 1], labels[e : e + 1]) for e in range(BATCH)]
-    found = []
-    for index, layer in enumerate(network.layers):
-        outputs, rows = layer.out_features, most_rows(layer.out_features)
-        seen = min(case.members, rows)
-        unseen = (rows - seen) * (outputs - 1) / ((rows - 1) * seen)
-        noise = unseen * sum(float(example[index].square().sum()) for example in single)
-        found.append(math.sqrt(squares[index] / (squares[index] + noise)))
-    return found
+    if isinstance(es, BlockLowRank):
+        return [
+            own * (plan.units * (g.shape[1] + 2 / es.rank) + 1 - 2 / es.rank) / plan.directions
+            for g, own, plan in zip(true, powers, plans, strict=True)
+        ]
+    singles = [
+        gradients(network, *single) for single in zip(*(d.split(1) for d in data), strict=True)
+    ]
+    noises = []
+    for layer, plan in enumerate(plans):
+        n, rows = plan.directions, 1 << (plan.units - 1).bit_length()
+        unseen = (rows - n) * (plan.units - 1) / ((rows - 1) * n)
+        noises.append(unseen * sum(power(single[layer]) for single in singles))
+    return noises
 
 
-def measure(case: Case, network: MLP, digits: data.Dataset, draws: int) -> list[tuple]:
-    """(layer, mean cosine, theory, mean ratio of norms) of each layer and of the whole network."""
-    evolution = make_evolution(case, network)
-    sums: dict[str, list[float]] = {}
-    for draw in range(draws):
-        images, labels = batch(digits, draw)
-        true = [-g for g in gradient(network, images, labels)]
-        expected = theory(case, network, images, labels)
+def measure(es: Estimator, network: MLP, data: Dataset, draws: int) -> list[Row]:
+    """Return a row for each layer and one for all: means over the draws."""
+    evolution, means = Evolution(network, cross_entropy, es), torch.zeros(4, 3)
+    for number in range(draws):
+        images, labels = batch(data, number)
+        true = gradients(network, images, labels)
         evolution.backward(evolution.evaluate(images, labels))
-        found = [-p.grad.flatten() for p in network.parameters()]
-        layers = [*zip(found, true, strict=True), (torch.cat(found), torch.cat(true))]
-        for index, (estimate, gradient_) in enumerate(layers[: len(expected)]):
-            name = "all" if index == len(found) else str(index + 1)
-            cosine = float(F.cosine_similarity(estimate, gradient_, dim=0))
-            ratio = float(estimate.norm() / gradient_.norm())
-            total = sums.setdefault(name, [0.0, 0.0, 0.0])
-            for place, value in enumerate((cosine, expected[index], ratio)):
-                total[place] += value / draws
-    return [(name, *values) for name, values in sums.items()]
+        estimates = [p.grad for p in network.parameters() if p.grad is not None]
+        noises = noise(es, evolution.draws, network, true, (images, labels))
+        for parts in (true, estimates):
+            parts.append(torch.cat([part.flatten() for part in parts]))
+        noises.append(sum(noises))
+        for mean, g, estimate, noise_power in zip(means, true, estimates, noises, strict=True):
+            cosine = F.cosine_similarity(g.flatten(), estimate.flatten(), dim=0)
+            theory = math.sqrt(power(g) / (power(g) + noise_power))
+            mean += torch.tensor([cosine, theory, estimate.norm() / g.norm()]) / draws
+    whole = evolution.population
+    counts = [whole] * 3 if isinstance(es, LowRank) else [plan.members for plan in evolution.draws]
+    return [
+        {
+            "layer": layer,
+            "members": count,
+            "rank": getattr(es, "rank", ""),
+            "sigma": es.sigma,
+            "draws": draws,
+            "cosine": round(cosine, 5),
+            "cosine_in_theory": round(theory, 5),
+            "ratio_to_theory": round(cosine / theory, 3),
+            "norm": round(norm, 3),
+            "norm_in_theory": round(1 / theory, 3),
+        }
+        for layer, count, (cosine, theory, norm) in zip(
+            ("1", "2", "3", "all"), (*counts, whole), means.tolist(), strict=True
+        )
+    ]
 
 
-def row(case: Case, point: str, draws: int, measured: tuple) -> dict[str, Any]:
-    layer, cosine, expected, norm_ratio = measured
-    return {
-        "kind": case.kind,
-        "point": point,
-        "layer": layer,
-        "members": case.members,
-        "rank": case.rank,
-        "sigma": case.sigma,
-        "draws": draws,
-        "cosine": round(cosine, 5),
-        "theory": round(expected, 5),
-        "ratio_to_theory": round(cosine / expected, 3),
-        "norm_ratio": round(norm_ratio, 3),
-    }
-
-
-def draw_plot(rows: list[dict[str, Any]], path: Path) -> list[Path]:
-    """Cosine against population and members, then against sigma and rank, at their usual size."""
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-        for column, (kind, (members, sigma)) in enumerate(USUAL.items()):
-            own = [r for r in rows if r["kind"] == kind]
-            layer = "all" if kind == "batch" else "1"
-            chosen = [r for r in own if r["layer"] == layer]
-            sized = [r for r in chosen if r["rank"] == 1 and r["sigma"] == sigma]
-            _lines(grid[0, column], sized, "members")
-            moved = [r for r in chosen if r["members"] == members and r["rank"] == 1]
-            _lines(grid[1, column], moved, "sigma")
-        first, second = grid[0]
-        first.set_title("Batch members, whole network")
-        first.set(xlabel="population", yscale="log")
-        second.set_title("Example members, layer 1")
-        second.set(xlabel="members of the layer that see an example", ylim=(0, 1.05))
-        names = ("Batch members", "Example members, layer 1")
-        for axes, name, (members, _) in zip(grid[1], names, USUAL.values(), strict=True):
-            axes.set_title(f"{name}, {members:,} members")
-            axes.set(xlabel="sigma", ylim=(0, None))
-        first.set_yticks((0.01, 0.02, 0.05, 0.1))
-        first.yaxis.set_major_formatter(FuncFormatter(plain_number))
-        first.yaxis.set_minor_formatter(NullFormatter())
-        for axes in grid.flat:
-            axes.set(xscale="log", ylabel="cosine with autograd's gradient")
-            axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-            axes.legend(fontsize=9)
-        figure.suptitle("Measured: dots. Theory for small sigma: lines.")
-        return save(figure, path.parent, path.stem)
-
-
-def _lines(axes: plt.Axes, rows: list[dict[str, Any]], x: str) -> None:
-    for point in POINTS:
-        own = sorted((r for r in rows if r["point"] == point), key=lambda r: r[x])
-        if own:
-            where = [r[x] for r in own]
-            (dots,) = axes.plot(where, [r["cosine"] for r in own], "o", label=point)
-            axes.plot(where, [r["theory"] for r in own], "-", color=dots.get_color(), alpha=0.6)
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw the cosine of all weights by members and by sigma: measured as dots, theory as lines."""
+    panels = []
+    for column, other, usual in (("members", "sigma", "sigma"), ("sigma", "members", "population")):
+        for name, (base, _) in SWEEPS.items():
+            key, series = (name, "all", getattr(base, usual)), []
+            chosen = [r for r in rows if (r["estimator"], r["layer"], r[other]) == key]
+            for index, point in enumerate(POINTS):
+                own = [r for r in chosen if r["point"] == point and r["rank"] in (1, "")]
+                own.sort(key=lambda row: row[column])
+                x, paint = [r[column] for r in own], f"C{index}"
+                series.append(Series(point, x, [r["cosine"] for r in own], "o", paint))
+                series.append(Series("", x, [r["cosine_in_theory"] for r in own], "-", paint))
+            panels.append(Panel(f"{name}, {other} {key[-1]}", column, "cosine", series))
+    draw(path, "Cosine with autograd's gradient: dots. In theory, for small sigma: lines", panels)
 
 
 def main() -> None:
-    config = tyro.cli(Config, config=cli.MARKERS, description=__doc__.splitlines()[0])
-    device = cli.resolve_device(config.device)
-    keep_freed_memory()
-    digits = data.load_for(DataFlags(config.dataset, config.data_dir), device)
+    config = tyro.cli(Config, config=MARKERS)
+    set_threads(config.threads)
+    device = choose_device(config.device)
+    data = load(experiment_config.Config(dataset=config.dataset), device)
     draws = 2 if config.quick else config.draws
-    networks = snapshots(digits)
-    rows = []
-    work = [(point, case) for case in cases(config.quick) for point in networks]
-    for point, case in tqdm(work, disable=None):
-        for measured in measure(case, networks[point], digits, draws):
-            rows.append(row(case, point, draws, measured) | provenance(device))
-            show(rows, COLUMNS[:11])
-    write_rows(rows, COLUMNS, config.csv, config.json)
-    if config.csv:
-        print(*draw_plot(rows, config.csv), sep="\n")
+    networks, rows = snapshots(data), []
+    cases = [
+        (point, name, replace(base, **change))
+        for name, (base, changes) in SWEEPS.items()
+        for change in ({}, *(() if config.quick else changes))
+        for point in POINTS
+    ]
+    for point, name, es in tqdm(cases, disable=None):
+        for measured in measure(es, networks[point], data, draws):
+            row = {"estimator": name, "point": point} | measured
+            show(row, first=not rows)
+            rows.append(row | provenance(device))
+    write_rows(rows, config.csv, config.json, plot)
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "alignment.py", errors=())
+    run_script(main, "alignment.py")

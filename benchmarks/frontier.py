@@ -1,230 +1,189 @@
-"""Accuracy against seconds of training: whole runs of several lengths, each with its own schedule.
+"""Test accuracy against seconds of training: whole runs of several lengths, each with its schedule.
 
-python benchmarks/frontier.py --out-dir results/frontier     # about half an hour on two cores
-python benchmarks/frontier.py --tiny --dataset mnist-sample  # to see that it works
+python benchmarks/frontier.py --out-dir results/frontier     # some hours on two cores
+python benchmarks/frontier.py --tiny --dataset mnist-sample  # one short run of each method
 
-1. Trials, the same number for every method: each length with each of two settings, on the
-   validation split, seed 0.
-2. Of each method those that no other trial of it beats in both seconds and accuracy, on all
-   training images, all seeds, in turn.
-3. A table of the shortest runs whose mean reaches 97.5, 98.0 and 98.3 % of the test set, with the
-   ratio to backprop's; and a plot.
+1. Trials: every method gets each length with each of two settings, on the validation split, seed 0.
+2. Trials of a method that no other trial of it beats in both seconds and accuracy are repeated on
+   all training images with all seeds, one seed after the other.
+3. frontier.csv has a row for each of them, frontier.md the seconds of the shortest run whose mean
+   reaches an accuracy, and the ratio to backprop's.
 
-Finished runs are skipped, so the same command goes on after an interruption.
+Finished runs are kept, and interrupted ones continue: the same command resumes the benchmark.
 """
 
+import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib.pyplot as plt
 import torch
 import tyro
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import provenance, show, write_rows
-from lab import cli
-from lab.experiments import COMMANDS, ROOT
-from lab.plots import NAMES, STYLE, colour, plain_number, save
-from lab.report import read_summary
+from benchmarks.rows import ROOT, Panel, Row, Series, draw, provenance, show, write_rows
+from experiment.config import MARKERS
+from experiment.errors import UserError
+from experiment.plots import colour
+from experiment.script import run_script
 
-SETTINGS = {  # two for every method, chosen before the trials
-    "backprop": (("--lr", "0.1"), ("--lr", "0.2")),
-    "eggroll": (
-        ("--population", "96+128+16", "--lr", "0.1"),
-        ("--population", "128+128+16", "--lr", "0.14"),
-    ),
-    "eggroll-int8": (
-        ("--population", "96+128+16", "--lr", "0.04"),
-        ("--population", "128+128+16", "--lr", "0.06"),
-    ),
+INT8 = "node-perturbation-int8"
+Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
+COMMANDS: dict[Method, tuple[str, ...]] = {
+    "backprop": ("mnist_backprop.py",),
+    "eggroll": ("mnist_eggroll.py", "eggroll"),
+    "node-perturbation": ("mnist_eggroll.py", "node-perturbation"),
+    INT8: ("mnist_eggroll_int8.py",),
 }
+SETTINGS = {  # two for each method, chosen before the trials
+    "backprop": ("--lr 0.1", "--lr 0.2"),
+    "eggroll": ("--population 4096 4096 128 --lr 0.0025", "--population 4096 4096 128 --lr 0.004"),
+    "node-perturbation": ("--population 96 128 16 --lr 0.1", "--population 128 128 16 --lr 0.14"),
+    INT8: ("--population 96 128 16 --lr 0.04", "--population 128 128 16 --lr 0.06"),
+}
+TINY = {"backprop": "", "eggroll": "--population 66"}
 LENGTHS = (1, 2, 3, 4, 6)  # epochs
-REACHED = (97.5, 98.0, 98.3)  # percent of the test set
-COLUMNS = ("method", "epochs", "settings", "seeds", "seconds", "test_accuracy", "spread")
-COLUMNS += ("validation_accuracy", "device", "torch", "commit")
+REACHED = (97.0, 97.5, 98.0, 98.3)  # % of the test set
+
+Summary = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
-    """Accuracy against seconds of training, of backprop and of both dtypes of example members."""
+    """Flags of this benchmark."""
 
     out_dir: Path = Path("results/frontier")
     """Folder for all runs, the table and the plot."""
+    methods: tuple[Method, ...] = tuple(COMMANDS)
+    """Methods to train."""
     seeds: int = 5
-    """Seeds 0 to n - 1 of the chosen runs."""
+    """Repeat chosen runs with seeds 0 to n - 1."""
     tiny: bool = False
-    """One length, one seed, few members: to see that it works."""
+    """Train one epoch with few members and one seed."""
     dataset: Literal["mnist", "mnist-sample"] = "mnist"
-    """mnist-sample needs no download."""
+    """MNIST is read from $MNIST_DIR, else from data; mnist-sample needs no network."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train."""
+    """Device to train on."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A whole run of some method."""
+    """The flags of a whole run."""
 
-    method: str
+    method: Method
     epochs: int
-    settings: tuple[str, ...]
+    settings: str
 
     @property
     def name(self) -> str:
-        words = "_".join(word.removeprefix("--") for word in self.settings)
-        return f"{self.method}-{self.epochs}-{words}"
+        """Folder of the run."""
+        return "_".join([self.method, str(self.epochs), *self.settings.replace("--", "").split()])
 
 
-def finished(point: Point, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """The summary of a run, which is made if it is not there."""
-    if not (folder / "summary.json").exists() or read_summary(folder)["status"] != "finished":
-        script, *own = COMMANDS[point.method]
-        command = [sys.executable, str(ROOT / script), *own, *point.settings, *flags]
-        command += ["--epochs", str(point.epochs), "--out-dir", str(folder), "--overwrite"]
+def train(config: Config, point: Point, folder: Path, *flags: str) -> Summary:
+    """Return the summary of a run, which is made or finished if need be. Raises UserError."""
+    path = config.out_dir / folder / "summary.json"
+    if not path.exists() or json.loads(path.read_text())["status"] != "finished":
+        script, *preset = COMMANDS[point.method]
+        command = [sys.executable, str(ROOT / script), *preset, *point.settings.split(), *flags]
+        command += ["--epochs", str(point.epochs), "--eval-every", "100", "--device", config.device]
+        command += ["--dataset", config.dataset, "--out-dir", str(path.parent), "--resume"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(done.stderr, file=sys.stderr, end="")
-            raise SystemExit(done.returncode)
-    return read_summary(folder)
+            raise UserError(f"{' '.join(command[1:])}: {done.stderr[-2000:]}")
+    summary = json.loads(path.read_text())
+    accuracy = summary["validation_accuracy"] or summary["test_accuracy"]
+    print(f"{folder}: {accuracy:.2%}, {summary['train_seconds']:.1f} s", flush=True)
+    return summary
 
 
-def trials(config: Config, points: Sequence[Point]) -> dict[Point, dict[str, Any]]:
-    flags = ("--dataset", config.dataset, "--device", config.device, "--eval-every", "100")
-    found = {}
-    for point in points:
-        found[point] = finished(point, config.out_dir / "trials" / point.name / "seed0", flags)
-        accuracy, seconds = (found[point][k] for k in ("validation_accuracy", "train_seconds"))
-        print(f"{point.name}: validation {accuracy:.2%}, {seconds:.1f} s", flush=True)
-    return found
-
-
-def undominated(found: dict[Point, dict[str, Any]]) -> list[Point]:
-    """Trials that no other of the same method beats in seconds and in accuracy."""
-
-    def beaten(point: Point) -> bool:
-        own = found[point]
-        return any(
+def undominated(trials: Mapping[Point, Summary]) -> list[Point]:
+    """Return the trials that no other of the same method beats in seconds and in accuracy."""
+    return [
+        point
+        for point, own in trials.items()
+        if not any(
             other.method == point.method
             and summary["train_seconds"] < own["train_seconds"]
             and summary["validation_accuracy"] >= own["validation_accuracy"]
-            for other, summary in found.items()
+            for other, summary in trials.items()
         )
-
-    return [point for point in found if not beaten(point)]
-
-
-def measure(config: Config) -> list[dict[str, Any]]:
-    """All rows: a chosen point each, over its seeds."""
-    methods = {m: s[:1] if config.tiny else s for m, s in SETTINGS.items()}
-    lengths, seeds = ((1,), 1) if config.tiny else (LENGTHS, config.seeds)
-    few = {"eggroll": ("--population", "12"), "eggroll-int8": ("--population", "12")}
-    points = [
-        Point(method, epochs, few.get(method, own) if config.tiny else own)
-        for epochs in lengths
-        for method, settings in methods.items()
-        for own in settings
     ]
-    found = trials(config, points)
-    chosen, runs = undominated(found), {}
-    for seed in range(seeds):
-        flags = ("--dataset", config.dataset, "--device", config.device, "--train-on-all")
-        flags += ("--eval-every", "100", "--seed", str(seed))
-        for point in chosen:
-            folder = config.out_dir / "runs" / point.name / f"seed{seed}"
-            runs.setdefault(point, []).append(finished(point, folder, flags))
-            print(f"{point.name} seed {seed}: {runs[point][-1]['test_accuracy']:.2%}", flush=True)
-    rows: list[dict[str, Any]] = []
-    for point in sorted(chosen, key=lambda point: list(SETTINGS).index(point.method)):
-        rows.append(row_of(point, runs[point], found[point]["validation_accuracy"]))
-        show(rows, COLUMNS[:7])
+
+
+def measure(config: Config) -> list[Row]:
+    """Return a row for each chosen point, over its seeds."""
+    if config.tiny:
+        points = [
+            Point(method, 1, TINY.get(method, "--population 12")) for method in config.methods
+        ]
+    else:
+        points = [Point(m, n, own) for n in LENGTHS for m in config.methods for own in SETTINGS[m]]
+    trials = {point: train(config, point, Path("trials") / point.name) for point in points}
+    chosen: dict[Point, list[Summary]] = {point: [] for point in undominated(trials)}
+    for seed in range(1 if config.tiny else config.seeds):
+        for point, runs in chosen.items():
+            folder = Path("runs") / point.name / f"seed{seed}"
+            runs.append(train(config, point, folder, "--train-on-all", "--seed", str(seed)))
+    rows: list[Row] = []
+    for point in sorted(chosen, key=lambda point: list(COMMANDS).index(point.method)):
+        runs = chosen[point]
+        accuracies = [100 * run["test_accuracy"] for run in runs]
+        row = {
+            "method": point.method,
+            "epochs": point.epochs,
+            "settings": point.settings,
+            "seeds": len(runs),
+            "seconds": round(statistics.median(run["train_seconds"] for run in runs), 2),
+            "test_accuracy": round(statistics.mean(accuracies), 3),
+            "standard_deviation": round(statistics.stdev(accuracies), 3) if runs[1:] else 0.0,
+            "validation_accuracy": trials[point]["validation_accuracy"],
+        }
+        show(row, first=not rows)
+        rows.append(row | provenance(torch.device("cpu")) | {"device": runs[0]["device"]})
     return rows
 
 
-def row_of(point: Point, runs: Sequence[dict[str, Any]], validation: float) -> dict[str, Any]:
-    accuracies = [100 * run["test_accuracy"] for run in runs]
-    device = torch.device("cuda" if runs[0]["device"].startswith("cuda") else "cpu")
-    return {
-        "method": point.method,
-        "epochs": point.epochs,
-        "settings": " ".join(point.settings),
-        "seeds": len(runs),
-        "seconds": round(statistics.median(run["train_seconds"] for run in runs), 2),
-        "test_accuracy": round(statistics.mean(accuracies), 3),
-        "spread": round(statistics.pstdev(accuracies), 3),
-        "validation_accuracy": validation,
-        **provenance(device),
-        "device": runs[0]["device"],
-    }
-
-
-def shortest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Seconds of the shortest run that reaches each accuracy, and over backprop's."""
-    table = []
+def table(rows: Sequence[Row]) -> str:
+    """Return the seconds of the shortest run that reaches each accuracy, as Markdown."""
+    lines = [["test accuracy", *COMMANDS], ["---"] + ["---:"] * len(COMMANDS)]
     for accuracy in REACHED:
-        line: dict[str, Any] = {"reaches": f"{accuracy:.1f} %"}
-        for method in SETTINGS:
-            reached = [
-                row["seconds"]
-                for row in rows
-                if row["method"] == method and row["test_accuracy"] >= accuracy
-            ]
-            line[method] = min(reached, default=None)
-        for method in list(SETTINGS)[1:]:
-            own, backprop = line[method], line["backprop"]
-            line[f"{method}/backprop"] = round(own / backprop, 1) if own and backprop else None
-        table.append(line)
-    return table
+        cells, base = [f"{accuracy:.1f} %"], None
+        for method in COMMANDS:
+            reached = [r for r in rows if r["method"] == method and r["test_accuracy"] >= accuracy]
+            seconds = min((row["seconds"] for row in reached), default=None)
+            base = seconds if method == "backprop" else base
+            ratio = f" ({seconds / base:.1f}x)" if seconds and base else ""
+            cells.append(f"{seconds:,.1f} s{ratio}" if seconds else "")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    lines = ["| test accuracy | " + " | ".join(list(table[0])[1:]) + " |"]
-    lines.append("|---" + "|---:" * (len(table[0]) - 1) + "|")
-    for line in table:
-        cells = ["" if value is None else str(value) for value in line.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw_plot(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """A line per method, its points labelled with their epochs."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-        for method in SETTINGS:
-            own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["seconds"])
-            if not own:
-                continue
-            x, y = [r["seconds"] for r in own], [r["test_accuracy"] for r in own]
-            spread = [r["spread"] for r in own]
-            kind = {"color": colour(method), "label": NAMES[method], "marker": "o", "capsize": 3}
-            axes.errorbar(x, y, spread, linewidth=2, **kind)
-            for row in own:
-                place = (row["seconds"], row["test_accuracy"])
-                axes.annotate(
-                    str(row["epochs"]), place, xytext=(5, -14), textcoords="offset points"
-                )
-        axes.set(xscale="log", xlabel="seconds of training, whole runs (log scale)")
-        axes.set(ylabel="test accuracy, %")
-        axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(f"Numbers at the points: epochs\n{rows[0]['device']}", fontsize=13)
-        axes.legend(loc="lower right")
-        return save(figure, folder, "frontier")
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw a line per method, its points labelled with their epochs."""
+    series, columns = [], ("seconds", "test_accuracy", "standard_deviation")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["seconds"])
+        x, y, error = ([row[column] for row in own] for column in columns)
+        notes = [str(row["epochs"]) for row in own]
+        series.append(Series(method, x, y, "o-", colour(method), error, notes))
+    label = "seconds of training, whole runs (log scale)"
+    title = f"Numbers at the points: epochs\n{rows[0]['device']}"
+    draw(path, title, [Panel("", label, "test accuracy (%)", series)])
 
 
 def main() -> None:
-    config = tyro.cli(Config, config=cli.MARKERS, description=__doc__.splitlines()[0])
-    rows = measure(config)
-    write_rows(rows, COLUMNS, config.out_dir / "frontier.csv", None)
-    table = markdown(shortest(rows))
-    (config.out_dir / "frontier.md").write_text(table)
-    print(table, *draw_plot(rows, config.out_dir), sep="\n")
+    config = tyro.cli(Config, config=MARKERS)
+    rows, path = measure(config), config.out_dir / "frontier.csv"
+    write_rows(rows, path, None, plot)
+    path.with_suffix(".md").write_text(table(rows))
+    print(table(rows))
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "frontier.py", errors=())
+    run_script(main, "frontier.py")

@@ -1,72 +1,144 @@
-"""What the benchmarks share: timing in turn, and rows as a table, a CSV and a JSON list."""
+"""Shared by the benchmarks: flags, timing in turn, rows as CSV and JSON, one plot."""
 
 import json
-import time
+import subprocess
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from lab.clock import device_name, synchronise
-from lab.runlog import commit, write_csv, write_text
+from experiment.config import PathFlag
+from experiment.device import Clock, device_name
+from experiment.files import write_csv
+from experiment.plots import STYLE
+
+ROOT = Path(__file__).resolve().parent.parent
+
+Work = Callable[[], Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Flags of the benchmarks that run in one process."""
+
+    threads: int | None = None
+    """CPU threads (None: one per core)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to measure."""
+    csv: PathFlag = None
+    """File for the rows; a plot is written beside it."""
+    json: PathFlag = None
+    """File for the rows as a JSON list."""
 
 
 def in_turn(
-    work: Mapping[Hashable, Callable[[], Any]],
-    device: torch.device,
-    *,
-    rounds: int,
-    at_least: float = 0.0,
-    warm_up: bool = True,
+    work: Mapping[Hashable, Work], device: torch.device, rounds: int, turn: float
 ) -> dict[Hashable, list[float]]:
-    """Seconds of each call, one after the other, `rounds` times and for `at_least` seconds each.
+    """Return the mean seconds of a call in each of `rounds` turns, after two calls to warm up.
 
-    In turn, so that a neighbour that slows the machine down for a while slows them all.
+    A turn repeats a call for about `turn` seconds. Turns alternate, so a disturbance of the machine
+    slows all of them down.
     """
+
+    def seconds_of(call: Work, times: int) -> float:
+        clock = Clock(device)
+        clock.start()
+        for _ in range(times):
+            call()
+        clock.stop()
+        return clock.seconds / times
+
+    times = {}
+    for name, call in work.items():
+        seconds_of(call, 2)
+        times[name] = max(1, round(turn / seconds_of(call, 1)))
     seconds: dict[Hashable, list[float]] = {name: [] for name in work}
-    for call in work.values() if warm_up else ():
-        _timed(call, device)
-    while min(map(len, seconds.values())) < rounds or min(map(sum, seconds.values())) < at_least:
+    for _ in range(rounds):
         for name, call in work.items():
-            # what is quick need not be repeated for as long as what is slow
-            if len(seconds[name]) < rounds or sum(seconds[name]) < at_least:
-                seconds[name].append(_timed(call, device))
+            seconds[name].append(seconds_of(call, times[name]))
     return seconds
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    synchronise(device)
-    started = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - started
+def provenance(device: torch.device) -> Row:
+    """Return the device, the version of torch and the commit."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {"device": device_name(device), "torch": torch.__version__, "commit": commit}
 
 
-def provenance(device: torch.device) -> dict[str, str]:
-    """What made a row: device, version, commit."""
-    return {"device": device_name(device), "torch": torch.__version__, "commit": commit()}
-
-
-def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print the last of the rows as a line of a table, under a head before the first."""
-    if len(rows) == 1:
-        print("  ".join(columns), flush=True)
-    cells = (str(rows[-1][column]).rjust(len(column)) for column in columns)
-    print("  ".join(cells), flush=True)
+def show(row: Row, first: bool) -> None:
+    """Print a row as a line of a table, under a header before the first."""
+    if first:
+        print("  ".join(row))
+    print("  ".join(str(value).rjust(len(name)) for name, value in row.items()), flush=True)
 
 
 def write_rows(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[str],
+    rows: Sequence[Row],
     csv_path: Path | None,
     json_path: Path | None,
+    plot: Callable[[Sequence[Row], Path], None],
 ) -> None:
+    """Write the rows as CSV, with a plot beside it, and as a JSON list."""
     for path in filter(None, (csv_path, json_path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-    if csv_path:
-        write_csv(csv_path, rows, columns)
-        print(csv_path)
     if json_path:
-        write_text(json_path, json.dumps(list(rows), indent=2) + "\n")
-        print(json_path)
+        json_path.write_text(json.dumps(list(rows), indent=2) + "\n")
+    if csv_path:
+        write_csv(csv_path, rows, list(rows[0]))
+        plot(rows, csv_path)
+        print(f"{csv_path}, plot beside it")
+
+
+class Series(NamedTuple):
+    """Points of a plot; `notes` are written beside them, `error` is half the length of a bar."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str = "o-"
+    colour: str | None = None
+    error: Sequence[float] | None = None
+    notes: Sequence[str] = ()
+
+
+class Panel(NamedTuple):
+    """Axes of a plot, x logarithmic; `names` are written at y = 0, 1, 2, ... from the top."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: Sequence[Series]
+    names: Sequence[str] = ()
+
+
+def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Write the panels, three in a line, as PNG and SVG under the name of `path`."""
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(lines, columns, layout="constrained", squeeze=False)
+        figure.set_size_inches(4 + 5 * columns, 1 + 4 * lines)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for s in panel.series:
+                look = {"color": s.colour, "label": s.label, "capsize": 3}
+                axes.errorbar(s.x, s.y, s.error, fmt=s.style, **look)
+                for note in zip(s.notes, zip(s.x, s.y, strict=True), strict=False):
+                    axes.annotate(*note, xytext=(7, -12), textcoords="offset points", fontsize=9)
+            axes.set(xscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            if panel.names:
+                axes.set_yticks(range(len(panel.names)), panel.names)
+                axes.set_ylim(len(panel.names) - 0.3, -0.7)
+                axes.margins(x=0.15)
+            axes.legend(fontsize=9)
+        figure.suptitle(title, fontsize=13)
+        figure.savefig(path.with_suffix(".png"))
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        plt.close(figure)

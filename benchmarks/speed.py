@@ -1,409 +1,288 @@
-"""A step of every method over its floor, and over backprop's step.
+"""Seconds of a training step of each method, over its lower bound and over backprop's step.
 
-python benchmarks/speed.py --csv speed.csv                     # a minute or so on two cores
-python benchmarks/speed.py --csv speed.csv --backend compile   # compiled rows too
+python benchmarks/speed.py --csv speed.csv             # a minute on two cores
+python benchmarks/speed.py --csv speed.csv --memory    # with the peak memory of each method
 
-backprop-bare    forward, cross-entropy, backward, SGD: nothing else. All ratios are to it
-backprop         the step as mnist_backprop.py takes it, from batch to batch: 128 images gathered
-                 and scaled, the loss, its gradient, optimizer, schedule, sum of the fitness
-example-float32  the same loop with example members in place of the gradient
-example-int8     ... in integers
-batch-float32    ... with batch members
-batch-bfloat16   the same, its forward in bfloat16, where that pays
+backprop (bare) is forward, cross-entropy, backward and SGD on one batch, one graph on CUDA: ratios
+are to it. All others are steps as the scripts take them, at the population of their preset.
 
-A floor is what a method costs at least, at the best of a few chunk sizes, in this same run:
-    backprop  its matrix products: forward, and two per layer backward but for the first's inputs
-    example   GELU and the products of the layers after the perturbed one, for every member by
-              itself: a step can be below, since members share most of it (eggroll/moved.py). Of
-              int8 the products alone
-    batch     GELU and the second and third layer's products for all members, and the noise, once;
-              in float32
-
-Everything is timed in turn, after a warm-up that also compiles. A turn is as many steps as fill
-50 ms; the figures are the median and the deciles of a step's mean time over the turns.
+The lower bound counts only unavoidable matrix products and activations, of as many directions at
+once as is fastest. They are timed in the same run:
+    backprop           the products of the forward and the backward pass
+    eggroll            per direction x B and an activation; per member the product of its block of
+                       units, and the activations and products after it
+    node-perturbation  the same without x B; in int8 the products alone
+    eggroll-dense      x B, all activations, and the products of all layers but the first
+Times are the median and the deciles of turns of 50 ms, which alternate.
 """
 
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count, repeat
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import tyro
-from matplotlib.ticker import FuncFormatter, NullFormatter
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, from any folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import in_turn, provenance, show, write_rows
-from eggroll import (
-    MLP,
-    BackendError,
-    BatchMembers,
-    Evolution,
-    ExampleMembers,
-    PopulationError,
-    cross_entropy,
-)
-from eggroll.compiled import choose_backend
-from eggroll.dtypes import bfloat16_pays
-from eggroll.int8 import INT8_SCALE, Int8CrossEntropy, Int8MLP, Int8SGD
+import mnist_backprop
+import mnist_eggroll
+import mnist_eggroll_int8
+from benchmarks import rows as shared
+from benchmarks.rows import Row, Series, Work
+from eggroll import Evolution, LowRank, NodePerturbation, PopulationError, int8
+from eggroll.blocks import Draw
 from eggroll.int8.arithmetic import int_matmul
-from eggroll.memory import keep_freed_memory
-from lab import cli, data
-from lab.cli import IntFlag, PathFlag, TrainingFlags
-from lab.clock import synchronise
-from lab.divergence import FitnessWatch
-from lab.errors import UserError
-from lab.optim import make_optimizer, make_schedule
-from lab.plots import STYLE, colour, plain_number, save
+from experiment.config import MARKERS
+from experiment.data import Dataset, Split, quantised
+from experiment.device import choose_device, peak_memory_mb, set_threads
+from experiment.optim import make_optimizer, make_schedule
+from experiment.plots import colour
+from experiment.script import run_script
+from model import MLP
 
-BATCH, IMAGES = 128, 60_000
-TURN = 0.05  # seconds
-CHUNKS = (8, 32, 128, 512)  # members at once: the fastest is the floor
-BARE = "backprop-bare"
-# A rate so small that random digits never count as a training that diverged
-TRAINING = TrainingFlags(epochs=1_000, lr=1e-4, lr_schedule="onecycle", label_smoothing=0.1)
-COLUMNS = ("what", "backend", "population", "step_seconds", "p10", "p90", "floor_seconds")
-COLUMNS += ("ratio_to_floor", "ratio_to_backprop", "device", "torch", "commit")
-COLOURS = {BARE: "backprop", "backprop": "backprop", "example-float32": "eggroll"}
-COLOURS |= {"example-int8": "eggroll-int8", "batch-float32": "eggroll-batch"}
-COLOURS |= {"batch-bfloat16": "eggroll-batch"}
-FLOOR_OF = {BARE: "backprop", "batch-bfloat16": "batch-float32"}  # where it is another's
-
-Work = Callable[[], Any]
+BARE, INT8 = "backprop (bare)", "node-perturbation-int8"
+METHODS = (BARE, "backprop", "eggroll", "eggroll-dense", "node-perturbation", INT8)
+BATCH, IMAGES = 128, 51_200
+STEPS = 1_000_000  # of a schedule: more than are taken
+AT_ONCE = {"cpu": (1, 4, 16), "cuda": (16, 64, 256)}  # directions, of which the fastest counts
 
 
-@dataclass(frozen=True)
-class Config:
-    """Time of a step of every method, over its floor and over backprop's."""
+@dataclass(frozen=True, kw_only=True)
+class Config(shared.Flags):
+    """Flags of this benchmark."""
 
-    backend: Literal["eager", "compile", "fused"] = "eager"
-    """compile adds compiled rows to the eager ones, fused (CUDA) batch members' kernel too."""
-    example_population: tuple[int, int, int] = (96, 128, 16)
-    """Example members of each layer that see each image: by default those of the preset."""
-    batch_population: int = 1_000
-    """Batch members."""
+    population: int | None = None
+    """Members of eggroll and eggroll-dense (None: the presets')."""
     rounds: int = 20
-    """Turns of everything."""
-    threads: IntFlag = None
-    """CPU threads (default: torch's own choice, the cores)."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to measure."""
-    csv: PathFlag = None
-    """File for the rows; a plot goes beside it."""
-    json: PathFlag = None
-    """File for the rows as a JSON list."""
+    """Turns of each step."""
+    memory: bool = False
+    """Add the peak memory of a process that takes steps of one method."""
 
 
-# ---- steps ----
-
-
-class Loop:
-    """What a training does from batch to batch, whatever its method; on random digits."""
-
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, digits: data.Dataset):
-        self.network, self.optimizer, self.digits = network, optimizer, digits
-        labels = digits.train.labels
-        self.order = torch.randperm(len(labels), device=labels.device)
-        self.schedule = make_schedule(optimizer, TRAINING, len(labels) // BATCH)
-        self.fitness_sum, self.watch = torch.zeros((), device=labels.device), FitnessWatch()
-        self.step = 0
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        start = self.step * BATCH % (len(self.order) - BATCH)
-        batch = self.digits.train[self.order[start : start + BATCH]]
-        return self.digits.scale(batch.images), batch.labels
-
-    def record(self, fitness: Tensor) -> None:
-        self.schedule.step()
-        self.step += 1
-        self.fitness_sum += fitness
-        self.watch.add(fitness, self.step)
-
-
-def random_digits(device: torch.device) -> data.Dataset:
+def random_data(device: torch.device) -> Dataset:
     images = torch.randint(0, 256, (IMAGES, 784), dtype=torch.uint8, device=device)
-    train = data.Split(images, torch.randint(0, 10, (IMAGES,), device=device))
-    return data.Dataset("random", train, train[:0], train[:0], mean=0.5, std=0.29)
+    train = Split(images, torch.randint(0, 10, (IMAGES,), device=device))
+    return Dataset("random", train, train[:0], train[:0], torch.full((784,), 128.0).to(device), 74)
 
 
-def loss_of(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(network(images), labels, label_smoothing=TRAINING.label_smoothing)
+def endless(data: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
+    for epoch in count():
+        yield from data.batches(epoch, seed=0, batch_size=BATCH)
 
 
-def bare_backprop(digits: data.Dataset) -> Work:
-    network = MLP().to(digits.train.labels.device)
-    optimizer = make_optimizer(network, TRAINING)
-    images, labels = digits.scale(digits.train.images[:BATCH]), digits.train.labels[:BATCH]
+def backprop_step(device: torch.device, bare: bool) -> Work:
+    config, network = mnist_backprop.PRESETS["backprop"], MLP().to(device)
+    optimizer = make_optimizer(network, config)
+    schedule = make_schedule(optimizer, config, STEPS)
+    batches, fitness = endless(random_data(device)), torch.zeros((), device=device)
+    if bare:
+        batches = repeat(next(batches))
 
     def step() -> None:
-        loss = loss_of(network, images, labels)
+        images, labels = next(batches)
+        loss = F.cross_entropy(network(images), labels, label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if not bare:
+            schedule.step()
+            fitness.add_(-loss.detach())
 
-    return step
+    return captured(step) if bare and device.type == "cuda" else step
 
 
-def backprop(digits: data.Dataset) -> Work:
-    network = MLP().to(digits.train.labels.device)
-    loop = Loop(network, make_optimizer(network, TRAINING), digits)
+def captured(step: Work) -> Work:
+    """Return a step that replays one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # lazy set-up cannot be captured
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def make(name: str, device: torch.device, population: int | None) -> tuple[Work, Evolution | None]:
+    """Return a method's step, and its Evolution. Raises whatever a first step raises."""
+    if name in (BARE, "backprop"):
+        return backprop_step(device, bare=name == BARE), None
+    data, network = random_data(device), MLP().to(device)
+    if name == INT8:
+        config = mnist_eggroll_int8.PRESETS[name]
+        data, network = quantised(data, int8.INT8_SCALE), int8.Int8MLP(network)
+        members = int8.Int8NodePerturbation(config.population, config.sigma)
+        fitness = int8.Int8CrossEntropy(config.label_smoothing)
+        evolution = int8.Int8Evolution(network, fitness, members)
+        optimizer = int8.Int8SGD(network, config.lr, config.momentum, BATCH)
+    else:
+        config = mnist_eggroll.PRESETS[name]
+        members = config.es
+        if population and not isinstance(members, NodePerturbation):
+            members = replace(members, population=population)
+        fitness, smoothing = mnist_eggroll.make_fitness(config)
+        evolution = Evolution(network, fitness, members, smoothing=smoothing)
+        optimizer = make_optimizer(network, config)
+    schedule, batches = make_schedule(optimizer, config, STEPS), endless(data)
+    fitness_sum = torch.zeros((), device=device)
 
     def step() -> None:
-        images, labels = loop.batch()
-        loss = loss_of(network, images, labels)
-        loop.optimizer.zero_grad()
-        loss.backward()
-        loop.optimizer.step()
-        loop.record(-loss.detach())
-
-    return step
-
-
-def evolve(
-    loop: Loop, fitness: Any, members: Any, backend: str, dtype: torch.dtype | None = None
-) -> Work:
-    """Raises BackendError where the compiler failed: an eager step must not pass for another."""
-    evolution = Evolution(loop.network, fitness, members, backend=backend, dtype=dtype)
-
-    def step() -> None:
-        images, labels = loop.batch()
+        images, labels = next(batches)
         scores = evolution.evaluate(images, labels)
         evolution.backward(scores)
-        loop.optimizer.step()
-        loop.record(evolution.mean_fitness)
+        optimizer.step()
+        schedule.step()
+        fitness_sum.add_(evolution.mean_fitness)
 
-    step()
-    if evolution.backend != backend:
-        raise BackendError(f"backend {backend} is not usable here (leave --backend out)")
-    return step
+    step()  # plans the population
+    return step, evolution
 
 
-def steps(config: Config, device: torch.device) -> dict[tuple[str, str], Work]:
-    """A step of every method and backend."""
-    digits = random_digits(device)
-    integers = data.quantised(random_digits(device), INT8_SCALE)
-    smoothing, example = TRAINING.label_smoothing, ExampleMembers(config.example_population)
-    work = {(BARE, "eager"): bare_backprop(digits), ("backprop", "eager"): backprop(digits)}
-    for backend in ("eager",) if config.backend == "eager" else ("eager", "compile"):
-        work["batch-float32", backend] = batch_step(config, digits, backend)
-        if bfloat16_pays(device):
-            few = batch_step(config, digits, backend, torch.bfloat16)
-            work["batch-bfloat16", backend] = few
-        network = MLP().to(device)
-        loop = Loop(network, make_optimizer(network, TRAINING), digits)
-        fitness = cross_entropy(1.0, smoothing)
-        work["example-float32", backend] = evolve(loop, fitness, example, backend)
-    network = Int8MLP(MLP()).to(device)
-    loop = Loop(network, Int8SGD(network, TRAINING.lr), integers)
-    fitness = Int8CrossEntropy(1, smoothing, device)
-    backend = choose_backend("auto", device, worth=True)  # as the script has it
-    work["example-int8", backend] = evolve(loop, fitness, example, backend)
-    if config.backend == "fused":
-        work["batch-float32", "fused"] = batch_step(config, digits, "fused")
+def backprop_work(device: torch.device) -> Work:
+    """Return every matrix product of a step: forward, and backward but for the first input's."""
+    products = []
+    for parameter in MLP().parameters():
+        weight = parameter.detach().to(device)
+        error, x = (torch.randn(BATCH, size, device=device) for size in weight.shape)
+        products += [(error, weight)] if products else []
+        products += [(x, weight.T), (error.T, x)]
+    return lambda: [torch.mm(x, y) for x, y in products]
+
+
+def members_work(evolution: Evolution, plan: Draw, n: int, device: torch.device) -> Work:
+    """Return the products and activations of n directions of a draw; of integers the products."""
+    dense = isinstance(evolution.estimator, LowRank)
+    integers = isinstance(evolution, int8.Int8Evolution)
+    randint = partial(torch.randint, -127, 128, dtype=torch.int8, device=device)
+    new = randint if integers else partial(torch.randn, device=device)
+    first, *later = evolution.layers[plan.layers[0] :]
+    rank, activations, products = getattr(evolution.estimator, "rank", 0), [], []
+    if rank:
+        products.append((new((BATCH, first.inputs)), new((first.inputs, n * rank))))
+    for index, layer in enumerate(later):
+        by_member = dense or index > 0
+        x = new((n * plan.blocks if by_member else n, BATCH, layer.inputs))
+        activations.append(x)
+        if by_member:
+            products.append((x, new((layer.inputs, layer.outputs))))
+        else:  # each member's block alone
+            sizes = (n * BATCH, plan.units), (plan.units, layer.outputs)
+            products.append(tuple(new((plan.blocks, *size)) for size in sizes))
+        if dense:
+            products.append((x, new((len(x), layer.inputs, rank))))
+
+    def work() -> None:
+        for x in () if integers else activations:
+            F.gelu(x)
+        for x, y in products:
+            int_product(x, y) if integers else torch.matmul(x, y)
+
     return work
 
 
-def batch_step(
-    config: Config, digits: data.Dataset, backend: str, dtype: torch.dtype | None = None
-) -> Work:
-    network = MLP().to(digits.train.labels.device)
-    loop = Loop(network, make_optimizer(network, TRAINING), digits)
-    members = BatchMembers(config.batch_population)
-    return evolve(loop, cross_entropy(2.0), members, backend, dtype=dtype)
+def int_product(x: Tensor, y: Tensor) -> None:
+    for pair in zip(x, y, strict=True) if y.dim() == 3 else [(x.flatten(0, 1), y)]:
+        int_matmul(*pair)
 
 
-# ---- floors ----
+def bound_of(evolution: Evolution | None, device: torch.device) -> list[tuple[int, dict]]:
+    """Return (directions, {directions at once: work}) of each layer, or of all layers at once."""
+    if evolution is None:
+        return [(1, {1: backprop_work(device)})]
+    parts = []
+    for plan in {plan.layers: plan for plan in evolution.draws}.values():
+        total = sum(other.directions for other in evolution.draws if other.layers == plan.layers)
+        sizes = [n for n in AT_ONCE[device.type] if n <= total] or [total]
+        parts.append((total, {n: members_work(evolution, plan, n, device) for n in sizes}))
+    return parts
 
 
-def backprop_floor(device: torch.device) -> Work:
-    """Its matrix products, each once."""
-    weights = [layer.weight.detach().to(device) for layer in MLP().layers]
-    reads = [torch.randn(BATCH, weight.shape[1], device=device) for weight in weights]
-    errors = [torch.randn(BATCH, weight.shape[0], device=device) for weight in weights]
-
-    def products() -> None:
-        for index, (weight, x, error) in enumerate(zip(weights, reads, errors, strict=True)):
-            x @ weight.T, error.T @ x
-            if index:
-                error @ weight
-
-    return products
+def peak_memory(name: str, device: torch.device, population: int | None) -> float:
+    """Return the peak memory of this process in MB after a few steps, the data included."""
+    step, _ = make(name, device, population)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(3):
+        step()
+    return round(peak_memory_mb(device), 1)
 
 
-def float_layers(device: torch.device) -> list[Callable[[Tensor], Tensor]]:
-    """The second and third layer, each with the GELU of what it reads."""
-    weights = [layer.weight.detach().to(device) for layer in MLP().layers][1:]
-    return [lambda x, weight=weight: F.gelu(x) @ weight.T for weight in weights]
-
-
-def int8_layers(device: torch.device) -> list[Callable[[Tensor], Tensor]]:
-    """The second and third layer's products of int8; what the second wrote is not passed on."""
-    weights = [layer.weight.to(device) for layer in Int8MLP(MLP()).layers][1:]
-    return [lambda x, weight=weight: (int_matmul(x, weight.t()), x)[1] for weight in weights]
-
-
-def members_floor(
-    layers: list[Callable[[Tensor], Tensor]],
-    counts: tuple[int, int],  # members that pass through both layers, and through the last alone
-    x: Tensor,  # (members at once * B, 256)
-) -> Work:
-    def passes() -> None:
-        for members, passed in zip(counts, (layers, layers[1:]), strict=True):
-            rows = members * BATCH
-            for start in range(0, rows, len(x)):
-                y = x[: rows - start]
-                for layer in passed:
-                    y = layer(y)
-
-    return passes
-
-
-def best_members_floor(
-    layers: list[Callable[[Tensor], Tensor]], counts: tuple[int, int], x: Tensor
-) -> Work:
-    """At the fastest of CHUNKS; x (512 * B, 256)."""
-    device = x.device
-    few = tuple(min(count, max(CHUNKS)) for count in counts)
-    short = {chunk: members_floor(layers, few, x[: chunk * BATCH]) for chunk in CHUNKS}
-    seconds = in_turn(short, device, rounds=5)
-    fastest = min(CHUNKS, key=lambda chunk: statistics.median(seconds[chunk]))
-    return members_floor(layers, counts, x[: fastest * BATCH])
-
-
-def noise(population: int, device: torch.device) -> Work:
-    """The factors of all antithetic pairs of batch members, a block's at a time."""
-    numbers = [sum(layer.weight.shape) for layer in MLP().layers]
-    pairs, block = population // 2, BatchMembers(2).block_size(device) // 2
-
-    def draw() -> None:
-        for start in range(0, pairs, block):
-            for count in numbers:
-                torch.randn(min(block, pairs - start), count, device=device)
-
-    return draw
-
-
-def floors(config: Config, device: torch.device) -> dict[str, Work]:
-    """By method."""
-    x = torch.randn(max(CHUNKS) * BATCH, 256, device=device)
-    integers = (40 * x).clamp(-127, 127).to(torch.int8)
-    first, second, _ = config.example_population
-    batch = best_members_floor(float_layers(device), (config.batch_population, 0), x)
-    draw = noise(config.batch_population, device)
-    return {
-        "backprop": backprop_floor(device),
-        "example-float32": best_members_floor(float_layers(device), (first, second), x),
-        "example-int8": best_members_floor(int8_layers(device), (first, second), integers),
-        "batch-float32": lambda: (batch(), draw()),
-    }
-
-
-# ---- measuring ----
-
-
-def turn_of(step: Work, device: torch.device, gradients: bool) -> tuple[Work, int]:
-    """As many calls as fill a turn, as one, and how many; after two calls to warm up."""
-    step(), step()
-    synchronise(device)
-    started = time.perf_counter()
-    step()
-    synchronise(device)
-    calls = max(1, round(TURN / (time.perf_counter() - started)))
-
-    def turn() -> None:
-        with torch.set_grad_enabled(gradients):
-            for _ in range(calls):
-                step()
-
-    return turn, calls
-
-
-def measure(config: Config, device: torch.device) -> list[dict[str, Any]]:
-    """All rows."""
-    work: dict[Any, Work] = dict(steps(config, device))
-    with torch.no_grad():
-        work |= floors(config, device)
-    turns = {key: turn_of(call, device, isinstance(key, tuple)) for key, call in work.items()}
-    seconds = in_turn({k: turn for k, (turn, _) in turns.items()}, device, rounds=config.rounds)
-    per_step = {key: [s / turns[key][1] for s in found] for key, found in seconds.items()}
-    populations = {
-        "example": "+".join(map(str, config.example_population)),
-        "batch": config.batch_population,
-    }
-    bare = statistics.median(per_step[BARE, "eager"])
+def measure(config: Config, device: torch.device) -> tuple[list[Row], list[str]]:
+    """Return the rows, and a line for each method that failed."""
+    work: dict[Any, Work] = {}
+    bounds, populations, failed = {}, {}, []
+    for name in METHODS:
+        try:
+            work[name], evolution = make(name, device, config.population)
+            bounds[name] = bound_of(evolution, device)
+            populations[name] = evolution.population if evolution else ""
+        except Exception as error:  # one method must not end the others
+            failed.append(f"{name} failed: {' '.join(str(error).split())[:200]}")
+    for name, parts in bounds.items():
+        for index, (_, by_size) in enumerate(parts):
+            work |= {(name, index, n): call for n, call in by_size.items()}
+    seconds = shared.in_turn(work, device, config.rounds, turn=0.05)
+    middle = {key: statistics.median(values) for key, values in seconds.items()}
     rows = []
-    for what, backend in filter(lambda key: isinstance(key, tuple), work):
-        own = sorted(per_step[what, backend])
-        step = statistics.median(own)
-        floor = statistics.median(per_step[FLOOR_OF.get(what, what)])
-        rows.append(
-            {
-                "what": what,
-                "backend": backend,
-                "population": populations.get(what.split("-")[0], ""),
-                "step_seconds": round(step, 7),
-                "p10": round(own[len(own) // 10], 7),
-                "p90": round(own[-1 - len(own) // 10], 7),
-                "floor_seconds": round(floor, 7),
-                "ratio_to_floor": round(step / floor, 3),
-                "ratio_to_backprop": round(step / bare, 3),
-            }
-            | provenance(device)
+    for name, population in populations.items():
+        bound = sum(
+            min(total / n * middle[name, index, n] for n in by_size)
+            for index, (total, by_size) in enumerate(bounds[name])
         )
-        show(rows, COLUMNS[:9])
-    return rows
+        ordered = sorted(seconds[name])
+        row = {
+            "what": name,
+            "population": population,
+            "step_seconds": round(middle[name], 7),
+            "p10": round(ordered[len(ordered) // 10], 7),
+            "p90": round(ordered[-1 - len(ordered) // 10], 7),
+            "bound_seconds": round(bound, 7),
+            "ratio_to_bound": round(middle[name] / bound, 3),
+            "ratio_to_backprop": round(middle[name] / middle[BARE], 3),
+        }
+        if config.memory:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                peak = process.submit(peak_memory, name, device, config.population)
+                row["peak_memory_mb"] = peak.result()
+        shared.show(row, first=not rows)
+        rows.append(row | shared.provenance(device))
+    return rows, failed
 
 
-def draw_plot(rows: list[dict[str, Any]], path: Path) -> list[Path]:
-    """Each step over backprop's as a bar, its floor as a mark."""
-    bare = rows[0]["step_seconds"]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 1.2 + 0.6 * len(rows)), layout="constrained")
-        for place, row in enumerate(rows):
-            ratio, floor = row["ratio_to_backprop"], row["floor_seconds"] / bare
-            axes.barh(place, ratio, height=0.6, color=colour(COLOURS[row["what"]]))
-            axes.plot([floor, floor], [place - 0.3, place + 0.3], color="black", linewidth=2.5)
-            label = f"{ratio:.3g} times, {1_000 * row['step_seconds']:.3g} ms"
-            shift = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(label, (max(ratio, floor), place), **shift)
-        axes.plot([], [], color="black", linewidth=2.5, label="floor: every member by itself")
-        compiled = {"eager": "", "compile": ", compiled", "fused": ", fused"}
-        axes.set_yticks(range(len(rows)), [r["what"] + compiled[r["backend"]] for r in rows])
-        axes.invert_yaxis()
-        ends = [r["floor_seconds"] / bare for r in rows] + [r["ratio_to_backprop"] for r in rows]
-        axes.set(xscale="log", xlim=(0.7 * min(ends), 8 * max(ends)))  # room for the labels
-        axes.set(xlabel="seconds of a step over those of backprop's bare step (log scale)")
-        axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(axis="y", visible=False)
-        axes.set_title(f"A step of batch {BATCH}\n{rows[0]['device']}", fontsize=13)
-        axes.legend(loc="upper right")
-        return save(figure, path.parent, path.stem)
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw each step over backprop's as a point, its lower bound as a mark."""
+    bounds = [row["bound_seconds"] / rows[0]["step_seconds"] for row in rows]
+    series = [Series("lower bound", bounds, range(len(rows)), "k|")]
+    for place, row in enumerate(rows):
+        ratio, paint = row["ratio_to_backprop"], colour(row["what"].removesuffix(" (bare)"))
+        note = f"{ratio:.3g} times, {1_000 * row['step_seconds']:.3g} ms"
+        series.append(Series("", [ratio], [place], "o", paint, notes=[note]))
+    label = "seconds of a step over those of backprop's bare step (log scale)"
+    panel = shared.Panel("", label, "", series, [row["what"] for row in rows])
+    shared.draw(path, f"A step of batch {BATCH}\n{rows[0]['device']}", [panel])
 
 
 def main() -> None:
-    config = tyro.cli(Config, config=cli.MARKERS, description=__doc__.splitlines()[0])
-    cli.check({"threads": config.threads})
-    if config.rounds < 1:
-        raise UserError(f"--rounds {config.rounds} is below 1 (type 1 or more)")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = cli.resolve_device(config.device)
-    keep_freed_memory()
-    started = time.perf_counter()
-    rows = measure(config, device)
-    print(f"{time.perf_counter() - started:.0f} s")
-    write_rows(rows, COLUMNS, config.csv, config.json)
-    if config.csv:
-        print(*draw_plot(rows, config.csv), sep="\n")
+    config = tyro.cli(Config, config=MARKERS)
+    set_threads(config.threads)
+    rows, failed = measure(config, choose_device(config.device))
+    shared.write_rows(rows, config.csv, config.json, plot)
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "speed.py", errors=(BackendError, PopulationError))
+    run_script(main, "speed.py", errors=(PopulationError,))
