@@ -55,7 +55,7 @@ step_like = partial(NodePerturbation, sigma=0.045, units=256, antithetic=True)
 node = partial(Config, lr=0.1, schedule="onecycle", label_smoothing=0.1)
 PRESETS = {
     "eggroll": Config(
-        BlockLowRank((4096, 4096, 128)), lr=0.0025, weight_decay=0.3, schedule="linear", epochs=5
+        BlockLowRank((4096, 4096, 128)), lr=0.003, weight_decay=0.03, schedule="linear", epochs=5
     ),
     "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
     "node-perturbation": node(NodePerturbation(), epochs=6),

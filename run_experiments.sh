@@ -62,7 +62,7 @@ for seed in ${SEEDS:-0}; do
         run node-perturbation+$name mnist_eggroll.py $name
     done
     run eggroll+accuracy                    mnist_eggroll.py eggroll --fitness accuracy
-    run node-perturbation-int8+accuracy     mnist_eggroll_int8.py --fitness accuracy
+    run node-perturbation-int8+accuracy     mnist_eggroll_int8.py --fitness accuracy --lr 0.027
     node="mnist_eggroll.py node-perturbation --fitness"
     run node-perturbation+accuracy          $node accuracy
     run node-perturbation+even-digits       $node examples/even_digits.py:even_hits

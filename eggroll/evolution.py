@@ -35,7 +35,7 @@ Estimator = BlockLowRank | LowRank | NodePerturbation
 Forward = Callable[[int, int, Tensor], Tensor]
 
 # Numbers in the largest tensor of a chunk: what a CPU's caches hold, and enough to fill a card
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 30}
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 30}
 
 
 class Evolution:
@@ -75,7 +75,7 @@ class Evolution:
         for index, layer in enumerate(self.layers):
             layer.module.forward = partial(self._linear, index)
         self.draws: list[Draw] = []  # planned on the first batch
-        self._drawn: tuple[Draw, dict[int, Any]] | None = None
+        self._drawn: dict[tuple[int, ...], tuple[Draw, dict[int, Any]]] = {}
 
     # ---- a step ----
 
@@ -152,16 +152,16 @@ class Evolution:
         return inputs.expand(members if expand else 1, *inputs.shape)
 
     def _noise(self, draw: Draw) -> dict[int, Any]:
-        """Noise of a draw by layer; drawn again from its key unless it was the last one."""
-        if self._drawn is None or self._drawn[0] != draw:
+        """Noise of a draw by layer; drawn again from its key unless it was these layers' last."""
+        if self._drawn.get(draw.layers, (None,))[0] != draw:
             noise = {
                 index: self.estimator.sample(
                     self.layers[index], draw, self._rng(index, draw.number)
                 )
                 for index in draw.layers
             }
-            self._drawn = draw, noise
-        return self._drawn[1]
+            self._drawn[draw.layers] = draw, noise
+        return self._drawn[draw.layers][1]
 
     def _rng(self, parameter: int, block: int = 0) -> torch.Generator:
         device = self.layers[0].module.weight.device
@@ -195,7 +195,7 @@ class Evolution:
         for module, original in zip(self._copy.modules(), self.network.modules(), strict=True):
             module.training = original.training
         self.calls: list[Call] = []
-        self._drawn = None  # noise may depend on the batch
+        self._drawn = {}  # noise may depend on the batch
         outputs = self._run(self._recorded, inputs[None])
         for index, layer in enumerate(self.layers):
             layer.calls = {p: call for p, call in enumerate(self.calls) if call.layer == index}

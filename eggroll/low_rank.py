@@ -15,7 +15,7 @@ from eggroll.blocks import Draw, Layer, PopulationError
 from eggroll.fitness import Shaping, z_score
 from eggroll.noise import gaussian
 
-PAIRS = 16  # of a draw: their noise grows with the population, so it is never all in memory
+PAIRS = 128  # of a draw: noise grows with the population, so it is never all in memory
 
 
 class Factors(NamedTuple):

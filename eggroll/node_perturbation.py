@@ -19,12 +19,12 @@ from eggroll.noise import hadamard, signs
 class Moves(NamedTuple):
     """What directions add to an output: size * signs * rows."""
 
-    rows: Tensor  # (n, O): orthogonal within each block
+    rows: dict[int, Tensor]  # (n, O), orthogonal within each block, or (n, ..., O); by call
     signs: dict[int, Tensor]  # of each example's units, (B, ..., O), by call
     size: dict[int, Tensor]  # 0-d, by call
 
     def part(self, directions: slice) -> "Moves":
-        return self._replace(rows=self.rows[directions])
+        return self._replace(rows={p: rows[directions] for p, rows in self.rows.items()})
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,16 @@ class NodePerturbation(Blocks):
         chosen = chosen[: draw.directions // (1 + self.antithetic)]
         rows = hadamard(order, dtype, rng.device)[chosen, : draw.units]
         rows = rows.repeat(1, draw.blocks)[:, : layer.outputs]
-        if self.antithetic:
-            rows = torch.stack([rows, -rows], 1).flatten(0, 1)
-        drawn = {p: signs(call.y.shape[1:], dtype, rng) for p, call in layer.calls.items()}
-        return Moves(rows, drawn, {p: self.size(call.x, layer) for p, call in layer.calls.items()})
+        moves = Moves({}, {}, {})
+        for p, call in layer.calls.items():
+            own, shape = rows, call.y.shape[2:-1]
+            if shape or len(layer.calls) > 1:  # one score speaks for all of them: tell them apart
+                own = rows.view(len(rows), *[1] * len(shape), -1)
+                own = own * signs((len(rows), *shape, 1), dtype, rng)
+            moves.rows[p] = torch.stack([own, -own], 1).flatten(0, 1) if self.antithetic else own
+            moves.signs[p] = signs(call.y.shape[1:], dtype, rng)
+            moves.size[p] = self.size(call.x, layer)
+        return moves
 
     def size(self, x: Tensor, layer: Layer) -> Tensor:
         """Return how far units move, 0-d: sigma times the root mean square norm of x."""
@@ -75,8 +81,8 @@ class NodePerturbation(Blocks):
 
     def perturb(self, noise: Moves, layer: Layer, position: int, x: Tensor, y: Tensor) -> Tensor:
         """Return y + the move of each direction, (n, B, ..., O)."""
-        rows = noise.rows.view(len(noise.rows), *[1] * (y.dim() - 2), -1)
-        return torch.addcmul(y, noise.signs[position] * noise.size[position], rows)
+        move = noise.signs[position] * noise.size[position]
+        return torch.addcmul(y, move, noise.rows[position].unsqueeze(1))
 
     def weights(self, scores: Tensor, baseline: Tensor) -> Tensor:
         """Return how much each member changes each example's score, (P, B)."""
@@ -90,15 +96,14 @@ class NodePerturbation(Blocks):
         product with the input.
         """
         n, blocks, examples = weights.shape
-        rows = pad(noise.rows, self.block_units(layer)).view(n, blocks, -1)
-        delta = torch.bmm(weights.permute(1, 2, 0), rows.transpose(0, 1) / n)  # (K, B, G)
-        delta = delta.transpose(0, 1).flatten(1)[:, : layer.outputs]
-        total = delta.new_zeros(layer.outputs, layer.inputs)
+        total = weights.new_zeros(layer.outputs, layer.inputs)
         for position, call in layer.calls.items():
+            rows = pad(noise.rows[position], self.block_units(layer)).unflatten(-1, (blocks, -1))
+            delta = torch.einsum("nkb,n...kg->b...kg", weights, rows / n).flatten(-2)
             # a batch of blanks has size 0, and a gradient of 0
             size = noise.size[position].clamp_min(torch.finfo(delta.dtype).tiny)
-            own = delta.view(examples, *[1] * (call.y.dim() - 3), -1) * noise.signs[position] / size
-            total = total + own.flatten(0, -2).T @ layer.with_one(call.x[0]).flatten(0, -2)
+            delta = delta[..., : layer.outputs] * noise.signs[position] / size
+            total += delta.flatten(0, -2).T @ layer.with_one(call.x[0]).flatten(0, -2)
         return total / examples
 
 

@@ -77,9 +77,12 @@ def perturbation(evolution: Evolution, member: Member, index: int) -> Tensor:
 
 def output_moves(evolution: Evolution, member: Member, index: int) -> list[Tensor]:
     """Return what a member of node perturbation adds to each call of its layer, (B, ..., O)."""
-    noise = evolution._noise(member.draw)[index]
-    row = noise.rows[member.direction] * mask(member, noise.rows.shape[-1])
-    return [noise.size[call] * noise.signs[call] * row for call in evolution.layers[index].calls]
+    noise, layer = evolution._noise(member.draw)[index], evolution.layers[index]
+    units = mask(member, layer.outputs)
+    return [
+        noise.size[p] * noise.signs[p] * noise.rows[p][member.direction] * units
+        for p in layer.calls
+    ]
 
 
 def ascent(evolution: Evolution, scores: Tensor) -> list[Tensor]:

@@ -1,43 +1,37 @@
-"""Integer arithmetic that training needs: products, and divisions that round to nearest."""
+"""Integer arithmetic: exact matrix products, and divisions that round to nearest."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# int8 is -127..127 everywhere: with -128 the range would lean to one side
-INT8_MAX = 127
-# A wide number is 128 * high + low, with high and low int8
-WIDE_MAX = 127 * 128
-# Sums of so many products of int8 are whole numbers that float32 holds: 127 * 127 * 1040 < 2^24
+INT8_MAX = 127  # int8 is -127..127 everywhere: -128 would make the range asymmetric
+WIDE_MAX = 127 * 128  # largest number that is 128 * high + low, with high and low in int8
+# Longest inner product of int8 whose sum float32 holds exactly: 127 * 127 * 1040 < 2^24
 FLOAT_EXACT = 1040
 
 
 def int_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y in int32, for int8 x (N, K) and y (K, M): the only place that multiplies matrices.
-
-    torch._int_mm is VNNI instructions on a CPU and tensor cores on CUDA, which wants more than 16
-    rows and multiples of 8 elsewhere: there the operands are padded with zeros. A CPU without VNNI
-    has no fast product of int8; there float32 units compute the same integers.
-    """
-    if x.device.type == "cpu":
-        through_float = FLOAT_IS_FASTER and x.shape[1] <= FLOAT_EXACT
-        return float_matmul(x, y) if through_float else torch._int_mm(x, y)
-    if x.device.type != "cuda":  # no such product elsewhere
+    """Return x @ y, int32 (N, M), for int8 x (N, K) and y (K, M)."""
+    (rows, inner), columns, device = x.shape, y.shape[1], x.device.type
+    if device == "cpu" and FLOAT_IS_FASTER and inner <= FLOAT_EXACT:
+        return float_matmul(x, y)
+    if device not in ("cpu", "cuda"):  # torch._int_mm exists on these alone
         return (x.int().unsqueeze(2) * y.int()).sum(1, dtype=torch.int32)
-    (rows, inner), columns = x.shape, y.shape[1]
-    x = F.pad(x, (0, -inner % 8, 0, max(0, 17 - rows)))
-    y = F.pad(y, (0, -columns % 8, 0, -inner % 8))
-    return torch._int_mm(x, y)[:rows, :columns]
+    if device == "cuda":  # tensor cores need more than 16 rows, and multiples of 8 elsewhere
+        x = F.pad(x, (0, -inner % 8, 0, max(0, 17 - rows)))
+    if columns % 16 or x.shape[1] > inner:  # a CPU is fastest with multiples of 16
+        y = F.pad(y, (0, -columns % 16, 0, x.shape[1] - inner))
+    return torch.ops.aten._int_mm(x, y)[:rows, :columns].contiguous()
 
 
 def float_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """The reference implementation of `int_matmul`: exact for K up to FLOAT_EXACT."""
+    """Return what `int_matmul` does, for K up to FLOAT_EXACT: the reference implementation."""
     return (x.float() @ y.float()).int()
 
 
 def _multiplies_int8() -> bool:
-    """Whether this CPU has instructions for products of int8 (older torch does not know)."""
-    if not hasattr(torch.cpu, "get_capabilities"):
+    """Return whether this CPU has instructions for products of int8."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch
         return True
     has = torch.cpu.get_capabilities().get
     return any(map(has, ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "dotprod")))
@@ -47,28 +41,26 @@ FLOAT_IS_FASTER = not _multiplies_int8()
 
 
 def wide_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y in int32, for int32 x (N, K) of at most WIDE_MAX in size, and int8 y (K, M).
+    """Return x @ y, int32, for int32 x (N, K) within +-WIDE_MAX and int8 y (K, M).
 
-    Two int8 products: PyTorch's own product of int32 is many times as slow.
+    Two products of int8: torch multiplies int32 matrices many times more slowly.
     """
     high = rounded_shift(x, 7)
     low = x - (high << 7)  # -64..63
-    both = int_matmul(torch.cat([high, low]).to(torch.int8), y)
-    return (both[: len(x)] << 7) + both[len(x) :]
+    products = int_matmul(torch.cat([high, low]).to(torch.int8), y)
+    return torch.add(products[len(x) :], products[: len(x)], alpha=128)
 
 
 def rounded_shift(x: Tensor, bits: int) -> Tensor:
-    """x / 2^bits, to nearest, halves upwards. Without the half, every shift would lower its sum."""
+    """Return x / 2^bits, rounded to nearest, halves upwards; a bare shift would lower every sum."""
     return (x + (1 << bits >> 1)) >> bits if bits else x
 
 
 def rounded_division(x: Tensor, divisor: int | Tensor) -> Tensor:
-    """x / divisor, to nearest, halves upwards, for a divisor above 0."""
-    if isinstance(divisor, int) and divisor & (divisor - 1) == 0:
-        return rounded_shift(x, divisor.bit_length() - 1)
+    """Return x / divisor, rounded to nearest, halves upwards, for a divisor above 0."""
     return torch.div(2 * x + divisor, 2 * divisor, rounding_mode="floor")
 
 
-def clipped(x: Tensor) -> Tensor:
-    """Within -127..127, still int32."""
-    return x.clamp(-INT8_MAX, INT8_MAX)
+def clip(x: Tensor, most: int = INT8_MAX) -> Tensor:
+    """Clamp to -most..most."""
+    return x.clamp(-most, most)

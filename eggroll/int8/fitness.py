@@ -1,144 +1,124 @@
-"""Fitness in integers: logits (P, B, C), int32 in units of 2^-FRACTION_BITS, to scores (P, B).
+"""Fitness in integers: logits (P, B, C), in units of 2^-FRACTION_BITS, to scores (P, B), int32.
 
-Scores are int32; `fitness_per_unit` says how many nats, or hits, one of their units is. Higher is
-better.
+Higher is better. `unit`: a unit of the scores in nats, or as a fraction.
+Shapes: P members, B examples, C classes, K noisy copies.
 """
 
 import math
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from eggroll.fitness import LEAST_SHARE, check_smoothing
+from eggroll.fitness import Fitness
 from eggroll.int8 import kernels
 from eggroll.int8.arithmetic import INT8_MAX, rounded_division, rounded_shift
-from eggroll.int8.network import FRACTION_BITS
+from eggroll.int8.network import FRACTION_BITS, Int8MLP
+from eggroll.smoothing import EPSILON, Smoothing
 
 UNIT = 1 << FRACTION_BITS
 POWER_BITS = 15  # of the powers of two that are summed
 CUBIC = (22_810, 7_358, 2_600)  # of 2^x for x from 0 to 1, in 2^-POWER_BITS
-SMOOTHING_PARTS = 256
+SMOOTHING_PARTS = 256  # label smoothing is a multiple of 1 / 256
 NOISE_BITS = 6  # 64 is about the standard deviation of uniform noise in -127..127
 DECAY_SHIFT = 1  # of logits in units of the noise: OUTPUT_DECAY in units of a direction
 DIRECTION_BITS = 4  # of a fraction: directions are seldom above 2
 
 
 class Int8Accuracy:
-    """1 where the largest logit is the label's, else 0, in units of 2^-FRACTION_BITS."""
+    """2^FRACTION_BITS where the largest logit is the label's, else 0."""
 
-    fitness_per_unit = 1 / UNIT
+    unit = 1 / UNIT
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         return (logits.argmax(-1) == labels).int() << FRACTION_BITS
 
 
-class Int8SmoothedAccuracy:
-    """Int8Accuracy smoothed in output space: eggroll.fitness.Smoothed in integers.
-
-    tau      standard deviation of the noise on the logits, in nats; the noise is uniform, and a
-             power of two of its units makes the one nearest to tau
-    samples  noisy copies of the logits that are scored in each step, antithetic pairs
-
-    Raises FitnessError for values that cannot be.
-    """
-
-    fitness_per_unit = 1 / UNIT
-
-    def __init__(self, tau: float, samples: int):
-        check_smoothing(tau, samples)
-        one = INT8_MAX / math.sqrt(3)  # standard deviation of the noise before it is shifted
-        self.shift = max(round(math.log2(tau / Int8CrossEntropy.fitness_per_unit / one)), 0)
-        self.samples, self.least = samples, round(samples * LEAST_SHARE)
-
-    def prepare(
-        self, logits: Tensor, labels: Tensor, generator: torch.Generator
-    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Unperturbed logits (B, C) and directions of the same shape, int32; and hits (B,)."""
-        noise = torch.empty(
-            self.samples // 2, *logits.shape, dtype=torch.int8, device=logits.device
-        )
-        noise.random_(-INT8_MAX, INT8_MAX + 1, generator=generator)
-        moved = noise.int() << self.shift
-        hits = torch.cat([logits.unsqueeze(0), logits + moved, logits - moved]).argmax(-1) == labels
-        plus, minus = hits[1:].int().chunk(2)
-        total = ((plus - minus).unsqueeze(-1) * noise).sum(0, dtype=torch.int32)
-        scale = (plus + minus).sum(0, dtype=torch.int32) + self.least
-        direction = rounded_division(total << DIRECTION_BITS, scale.clamp_min(1).unsqueeze(-1))
-        direction -= rounded_shift(logits, DECAY_SHIFT + self.shift)
-        return (logits, direction), hits[0].int() << FRACTION_BITS
-
-    def __call__(self, logits: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
-        """How far each member's logits (P, B, C) moved in the right direction, (P, B)."""
-        unperturbed, direction = prepared
-        moved = (logits - unperturbed) * direction
-        return rounded_shift(moved.sum(-1, dtype=torch.int32), DIRECTION_BITS + NOISE_BITS)
-
-
 class Int8CrossEntropy:
-    """log2 of the label's share of 2^(logits / temperature): minus the cross-entropy, in bits.
+    """Minus the cross-entropy, in 2^-FRACTION_BITS bits: log2 of the label's share of 2^logits.
 
-    Powers come from a cubic and the logarithm of their sum from a table, each exact to about one
-    unit. To base 2 the softmax of the same logits is a little softer, as if the temperature were
-    1.44 times as high.
-    temperature      1, 2, 4, ...: a shift
-    label_smoothing  share of the target that is spread over all classes, in 256ths
-    Raises ValueError for a temperature that is no power of two.
+    Powers come from a cubic, the logarithm of their sum from a table, each to about one unit.
+    label_smoothing  share of the target that is spread evenly over all classes, in 256ths
     """
 
-    fitness_per_unit = math.log(2) / UNIT
+    unit = math.log(2) / UNIT
 
-    def __init__(
-        self,
-        temperature: float = 1,
-        label_smoothing: float = 0.0,
-        device: torch.device | str = "cpu",
-        classes: int = 10,
-    ):
-        self.shift = max(int(temperature).bit_length() - 1, 0)
-        if temperature != 1 << self.shift:
-            raise ValueError(f"temperature {temperature:g} is no power of two (try 1 or 2)")
+    def __init__(self, label_smoothing: float = 0.0):
         self.smoothing = round(SMOOTHING_PARTS * label_smoothing)
-        self.classes, self.logarithms = classes, _logarithms(device, classes)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        classes, device = logits.shape[-1], logits.device
+        logarithms = _logarithms(classes, device)
         if kernels.available(logits):
-            return self._compiled(logits, labels)
+            out = logits.new_empty(logits.shape[:-1])
+            tensors = (logits.contiguous(), labels.long().contiguous(), logarithms)
+            constants = (self.smoothing, SMOOTHING_PARTS, FRACTION_BITS, POWER_BITS, *CUBIC)
+            kernels.call("log_likelihood", *tensors, *logits.shape, *constants, out)
+            return out
         # classes first: vector units then work along examples, of which there are many
-        logits = logits.movedim(-1, 0).contiguous() >> self.shift
+        logits = logits.movedim(-1, 0).contiguous()
         top = logits.amax(0)
-        below = logits - top  # 0 or less: whole part below the point, fraction above
+        below = logits - top  # 0 or less
         whole = (-(below >> FRACTION_BITS)).clamp(max=31)
         terms = power_of_two(below & (UNIT - 1)) >> whole
         excess = terms.sum(0, dtype=torch.int32) - (1 << POWER_BITS)
-        total = self.logarithms[excess >> (POWER_BITS - FRACTION_BITS)] + top
+        total = logarithms[excess >> (POWER_BITS - FRACTION_BITS)] + top
         chosen = logits.gather(0, labels.expand(top.shape).unsqueeze(0)).squeeze(0)
         if self.smoothing:
-            others = logits.sum(0, dtype=torch.int32) - self.classes * chosen
-            chosen = chosen + self.smoothing * others // (SMOOTHING_PARTS * self.classes)
+            others = logits.sum(0, dtype=torch.int32) - classes * chosen
+            chosen = chosen + self.smoothing * others // (SMOOTHING_PARTS * classes)
         return chosen - total
 
-    def _compiled(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The same in one pass."""
-        logits, out = logits.contiguous(), logits.new_empty(logits.shape[:-1])
-        constants = (self.shift, FRACTION_BITS, POWER_BITS, self.smoothing, SMOOTHING_PARTS)
-        tables = (self.logarithms, torch.tensor(CUBIC, dtype=torch.int32))
-        kernels.call(
-            "log_likelihood", logits, labels.contiguous(), *tables, *logits.shape, *constants, out
+
+Int8Fitness = Int8Accuracy | Int8CrossEntropy
+
+
+class Int8Smoothing(Smoothing):
+    """Smoothing of Int8Accuracy in integers.
+
+    tau      standard deviation of the noise on the logits, in nats; the noise is uniform, and
+             rounded to what a shift gives
+    samples  noisy copies of the unperturbed logits scored at each step, in antithetic pairs
+
+    Raises FitnessError for an invalid tau or number of samples.
+    """
+
+    def __init__(self, tau: float = 2.0, samples: int = 256):
+        super().__init__(tau, samples)
+        deviation = INT8_MAX / math.sqrt(3) * Int8MLP.nats_per_logit  # without a shift
+        self.shift = max(round(math.log2(tau / deviation)), 0)
+
+    def direction(
+        self, fitness: Fitness, outputs: Tensor, labels: Any, rng: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the directions of logits (B, C), int32, and the unperturbed scores, (B,)."""
+        noise = torch.empty(
+            self.samples // 2, *outputs.shape, dtype=torch.int8, device=outputs.device
         )
-        return out
+        noise.random_(-INT8_MAX, INT8_MAX + 1, generator=rng)
+        moves = noise.int() << self.shift
+        scores = fitness(torch.cat([outputs[None], outputs + moves, outputs - moves]), labels)
+        plus, minus = (scores[1:] >> FRACTION_BITS).chunk(2)  # 0 or 1
+        total = ((plus - minus).unsqueeze(-1) * noise).sum(0, dtype=torch.int32)
+        right = (plus + minus).sum(0, dtype=torch.int32) + round(EPSILON * self.samples)
+        direction = rounded_division(total << DIRECTION_BITS, right.clamp_min(1).unsqueeze(-1))
+        return direction - rounded_shift(outputs, DECAY_SHIFT + self.shift), scores[0]
+
+    def score(self, outputs: Tensor, unperturbed: Tensor, direction: Tensor) -> Tensor:
+        """Return how far logits (P, B, C) moved along the direction, (P, B)."""
+        moved = ((outputs - unperturbed) * direction).sum(-1, dtype=torch.int32)
+        return rounded_shift(moved, DIRECTION_BITS + NOISE_BITS)
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """2^(x / UNIT) in 2^-POWER_BITS, for x from 0 to UNIT - 1: a cubic, to 6 units of 32,768.
-
-    A table would be exact, and takes several times as long: vector units multiply, not look up.
-    """
-    x = x.int()
+    """Return 2^(x / UNIT) in 2^-POWER_BITS, for x from 0 to UNIT - 1, to 6 units of 32,768."""
     inner = ((CUBIC[2] * x >> FRACTION_BITS) + CUBIC[1]) * x >> FRACTION_BITS
     return ((inner + CUBIC[0]) * x >> FRACTION_BITS) + (1 << POWER_BITS)
 
 
-def _logarithms(device: torch.device | str, classes: int) -> Tensor:
-    """log2(1 + i / UNIT) in 1 / UNIT, up to log2(classes)."""
+@lru_cache(maxsize=8)
+def _logarithms(classes: int, device: torch.device) -> Tensor:
+    """Return log2(1 + i / UNIT) in units of 1 / UNIT, up to log2(classes)."""
     table = [round(math.log2(1 + i / UNIT) * UNIT) for i in range((classes - 1) * UNIT + 2)]
     return torch.tensor(table, dtype=torch.int32, device=device)

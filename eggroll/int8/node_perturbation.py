@@ -1,0 +1,83 @@
+"""Node perturbation in integers. Shapes: n directions, K blocks, G units of a block, B examples."""
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from eggroll.blocks import Draw, Layer, pad
+from eggroll.int8 import kernels
+from eggroll.int8.arithmetic import WIDE_MAX, clip, int_matmul, rounded_shift, wide_matmul
+from eggroll.int8.network import FRACTION_BITS, INT8_SCALE, Int8Linear
+from eggroll.node_perturbation import Moves, NodePerturbation
+
+# An ascent direction is the gradient (by real weights, of the fitness summed over the batch) times
+# INT8_SCALE 2^DELTA_BITS. An example's delta is at most WIDE_MAX, about 4, but for noise.
+DELTA_BITS = 12
+FACTOR_BITS = 24  # a division is a product with a multiple of 2^-FACTOR_BITS
+
+
+@dataclass(frozen=True)
+class Int8NodePerturbation(NodePerturbation):
+    """NodePerturbation of int8 layers: outputs move by a power of two, so dividing by it is exact.
+
+    sigma  is rounded to what gives the nearest power of two, for each layer
+    """
+
+    sigma: float = 0.01
+
+    def size(self, x: Tensor, layer: Layer) -> Tensor:
+        """Return how far units move, 0-d int32, at least 1, in units of 2^-FRACTION_BITS."""
+        x = x.short()
+        squares = (x * x).sum(-1, dtype=torch.int32)
+        norm = math.sqrt(int(squares.sum()) / squares.numel()) / INT8_SCALE
+        size = max(self.sigma * norm * 2**FRACTION_BITS, 1)
+        return torch.tensor(1 << round(math.log2(size)), dtype=torch.int32, device=x.device)
+
+    def split(self, layer: Layer, x: Tensor, draw: Draw) -> Tensor:
+        """Output (K n, B, ..., O) for each block of each direction, from x (1 + n, B, ..., I)."""
+        linear, shape = layer.module, x.shape[1:-1]
+        assert isinstance(linear, Int8Linear)
+        x = x.flatten(1, -2)
+        sums = int_matmul(x[0], linear.weight.T)
+        out = sums.new_empty(draw.blocks, len(x) - 1, *sums.shape)
+        if kernels.available(x):
+            sizes = (*out.shape, x.shape[-1], draw.units)
+            kernels.call("split", x.contiguous(), linear.weight.T.contiguous(), sums, *sizes, out)
+        else:
+            blocks = pad(x, draw.units).unflatten(-1, (draw.blocks, draw.units)).movedim(-2, 0)
+            columns = pad(linear.weight, draw.units).T.split(draw.units)
+            for block, column, members in zip(blocks, columns, out, strict=True):
+                products = int_matmul(block.flatten(0, 1), column).view(len(x), *sums.shape)
+                torch.add(sums - products[0], products[1:], out=members)
+        return linear.rescale(out).view(-1, *shape, layer.outputs)
+
+    def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
+        """Ascent direction (O, I), int32, from weights (n, K, B)."""
+        gradients = []
+        for position, call in layer.calls.items():
+            rows, size = noise.rows[position], int(noise.size[position])
+            delta = deltas(weights, rows, noise.signs[position], size, self.block_units(layer))
+            gradients.append(wide_matmul(delta.flatten(0, -2).T, call.x[0].flatten(0, -2)))
+        return reduce(torch.add, gradients)
+
+
+def deltas(weights: Tensor, rows: Tensor, signs: Tensor, size: int, units: int) -> Tensor:
+    """Return derivatives of scores in a call's outputs, int32 (B, ..., O), within +-WIDE_MAX.
+
+    weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32; size of a move, units G.
+    """
+    factor = round(2 ** (DELTA_BITS + FACTOR_BITS) / (len(rows) * size))
+    if kernels.available(weights) and rows.dim() == 2:
+        out, sizes = torch.empty_like(signs), (*weights.shape, signs.shape[-1], units)
+        parts = (weights.contiguous(), rows.contiguous(), signs)
+        kernels.call("deltas", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
+        return out
+    rows = pad(rows, units).unflatten(-1, (-1, units)).unsqueeze(-1)  # (n, ..., K, G, 1)
+    sums = weights.new_zeros(*rows.shape[1:-1], len(signs))
+    for change, row in zip(clip(weights, WIDE_MAX).unsqueeze(2), rows, strict=True):
+        sums.addcmul_(change, row)
+    sums = sums.movedim(-1, 0).flatten(-2)[..., : signs.shape[-1]] * signs
+    return clip(rounded_shift(sums.long() * factor, FACTOR_BITS), WIDE_MAX).int()
