@@ -32,8 +32,8 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
     ),
     "missing 1 / n of node perturbation": (
         "eggroll/node_perturbation.py",
-        "rows.transpose(0, 1) / n)",
-        "rows.transpose(0, 1))",
+        "weights, rows / n)",
+        "weights, rows)",
         CORE,
     ),
     "missing 1 / B": (
@@ -73,9 +73,9 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
         CORE,
     ),
     "blocks in the order of directions": (
-        "eggroll/evolution.py",
-        "scores.unflatten(0, (draw.blocks, chunk.count)).transpose(0, 1)",
-        "scores.unflatten(0, (chunk.count, draw.blocks))",
+        "eggroll/blocks.py",
+        "scores.unflatten(0, (self.draw.blocks, -1)).transpose(0, 1).flatten(0, 1)",
+        "scores",
         CORE,
     ),
     "a member moves the unperturbed values too": (
@@ -158,9 +158,27 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
     ),
     "the same order of examples in every epoch": (
         "experiment/data.py",
-        None,
-        None,
+        "(seed << 20 | epoch)",
+        "(seed << 20)",
         RUNS,
+    ),
+    "a validation split that is trained on": (
+        "experiment/data.py",
+        "train = train[permutation[:kept]]",
+        "train = train[permutation]",
+        RUNS,
+    ),
+    "noise of the batch before": (
+        "eggroll/evolution.py",
+        "self._drawn = {}  # noise may depend on the batch",
+        "pass",
+        CORE,
+    ),
+    "positions that share their signs": (
+        "eggroll/node_perturbation.py",
+        "if shape or len(layer.calls) > 1:",
+        "if False:",
+        CORE,
     ),
     "rounding down in integers": (
         "eggroll/int8/arithmetic.py",

@@ -166,6 +166,26 @@ def test_rows_of_node_perturbation_are_orthogonal_within_each_block():
             torch.testing.assert_close(gram, len(block) * torch.eye(block.shape[1]))
 
 
+def test_rows_are_drawn_anew_at_every_step_and_all_of_them_in_time():
+    evolution = Evolution(make("without bias"), cross_entropy, NodePerturbation(12, units=4))
+    drawn = set()
+    for _ in range(40):
+        evolution.backward(evolution.evaluate(*batch()))
+        evolution._record(batch()[0])
+        drawn |= {tuple(row.tolist()) for row in evolution._noise(evolution.draws[0])[0].rows[0]}
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("network", ["positions", "twice"])
+def test_positions_and_calls_have_signs_of_their_own_for_each_direction(network):
+    evolution = Evolution(make(network), cross_entropy, NodePerturbation((64, 4), units=64))
+    evolution.evaluate(*batch())
+    rows = evolution._noise(evolution.draws[0])[0].rows
+    parts = rows[0].unbind(1) if network == "positions" else list(rows.values())
+    turned = (parts[0] * parts[1]).mean(-1)  # 1 or -1 for each direction
+    assert set(turned.tolist()) == {1.0, -1.0}
+
+
 @EVERY_ESTIMATOR
 def test_scores_do_not_depend_on_how_members_are_chunked(estimator, monkeypatch):
     found = []

@@ -10,7 +10,7 @@ import tomllib
 import pytest
 from conftest import ROOT, call, run_command
 
-from experiment.report import readme_with_tables
+from experiment.report import readme_with_table
 
 LAYERS = {  # what each part may import of the others
     "eggroll": set(),
@@ -87,7 +87,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def test_the_readme_table_is_the_committed_results():
     readme = (ROOT / "README.md").read_text()
-    assert readme == readme_with_tables(readme), "type: python -m experiment.report readme"
+    assert readme == readme_with_table(readme), "type: python -m experiment.report readme"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

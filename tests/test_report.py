@@ -124,11 +124,11 @@ def test_a_report_of_nothing_is_one_line(words, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_readmes_tables_are_replaced_between_the_markers():
+def test_the_readmes_table_is_replaced_between_the_markers():
     readme = f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n"
-    new = report.readme_with_tables(readme)
+    new = report.readme_with_table(readme)
     assert new.startswith(f"# Title\n{report.BEGIN}\n| method |") and "old" not in new
-    assert new.endswith(f"{report.END}\nrest\n") and report.readme_with_tables(new) == new
+    assert new.endswith(f"{report.END}\nrest\n") and report.readme_with_table(new) == new
 
 
 # ---- plots ----
