@@ -35,7 +35,7 @@ class BlockLowRank(Blocks):
     units: int = 16
     """Units of a layer that a member perturbs."""
     shaping: Shaping = z_score
-    """Of the scores of a layer's members; `identity` gives the gradient itself."""
+    """Function of the scores of a layer's members; `identity` gives the gradient itself."""
 
     per_example: ClassVar[bool] = False
 

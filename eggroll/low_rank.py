@@ -42,7 +42,7 @@ class LowRank:
     rank: int = 1
     """Rank R of a perturbation."""
     shaping: Shaping = z_score
-    """Of all members' scores; `identity` gives the gradient itself."""
+    """Function of all members' scores; `identity` gives the gradient itself."""
 
     per_example: ClassVar[bool] = False
 

@@ -17,7 +17,7 @@ from eggroll.noise import hadamard, signs
 
 
 class Moves(NamedTuple):
-    """What directions add to an output: size * signs * rows."""
+    """Moves of an output: size * signs * rows, for each direction."""
 
     rows: dict[int, Tensor]  # (n, O), orthogonal within each block, or (n, ..., O); by call
     signs: dict[int, Tensor]  # of each example's units, (B, ..., O), by call

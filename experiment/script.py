@@ -1,4 +1,4 @@
-"""How a script ends: with one line and an exit code."""
+"""Ends of a script: one line and an exit code."""
 
 import errno
 import logging
