@@ -1,5 +1,7 @@
 """Small networks of all kinds, with odd and unequal sizes so that no mixed-up axis goes unseen."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -95,6 +97,7 @@ NETWORKS = {
     "mlp": mlp,
     "without bias": lambda: mlp(bias=False),
     "step units": lambda: mlp(activation=Step),
+    "in place": lambda: mlp(activation=partial(nn.ReLU, inplace=True)),
     "head first": HeadFirst,
     "twice": Twice,
     "tied": Tied,
