@@ -3,7 +3,7 @@
 #
 # usage: ./run_experiments.sh [--quick] [--all] [flags of the training scripts]
 #
-#   --quick   everything in about a minute, to see that it works
+#   --quick   everything in a minute or two, to see that it works; in results/quick
 #   --all     also activations without a gradient and fitnesses that are no loss
 #
 # Flags go to every script; python mnist_eggroll.py --help explains them. Environment:
@@ -22,10 +22,12 @@ use_python requirements.txt
 
 known="backprop eggroll eggroll-dense node-perturbation node-perturbation-int8"
 methods=${METHODS:-backprop eggroll node-perturbation node-perturbation-int8}
-out=${RESULTS_DIR:-results/latest} all= quick= flags=()
+all= quick= flags=()
 for word; do
     case $word in --all) all=1 ;; --quick) quick=1 ;; *) flags+=("$word") ;; esac
 done
+out=${RESULTS_DIR:-results/${quick:+quick}}
+[ "$out" != results/ ] || out=results/latest
 for method in $methods; do
     [[ " $known " == *" $method "* ]] || fail "METHODS must name some of $known, got $method"
 done
