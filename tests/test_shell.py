@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from unittest import mock
 
 import pytest
 from conftest import ROOT
@@ -99,7 +98,7 @@ def test_a_mistyped_method_is_one_line(folder):
 
 
 @pytest.mark.parametrize("flags", [("--quick",), ("--all",)])
-def test_every_command_is_one_that_its_script_accepts(flags, folder):
+def test_every_command_is_one_that_its_script_accepts(flags, folder, monkeypatch):
     calls, _ = experiments(folder, *flags, METHODS=METHODS)
     rows = rows_of(calls)
     assert len(rows) == len(set(rows)) == (5 if flags == ("--quick",) else 21)
@@ -107,7 +106,9 @@ def test_every_command_is_one_that_its_script_accepts(flags, folder):
         if not (ROOT / script).exists():
             continue
         presets = importlib.import_module(script.removesuffix(".py")).PRESETS
-        with mock.patch.object(sys, "argv", [script, *words]):
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(folder)  # where there are no results to resume
             _, parsed = config.parse(presets, "Purpose.")
         assert parsed.train_on_all and parsed.resume
         fitness = getattr(parsed, "fitness", "accuracy")
