@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from eggroll.blocks import Blocks, Draw, Layer, PopulationError
+from eggroll.factors import Factors, add_low_rank, weighted_sum
 from eggroll.fitness import Shaping, z_score
-from eggroll.low_rank import Factors, add_low_rank, weighted_sum
 from eggroll.noise import gaussian, signs
 
 

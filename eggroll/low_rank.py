@@ -6,26 +6,17 @@ Shapes: n pairs, P = 2 n members, B examples, R rank, I / O inputs / outputs of 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from eggroll.blocks import Draw, Layer, PopulationError
+from eggroll.factors import Factors, add_low_rank, weighted_sum
 from eggroll.fitness import Shaping, z_score
 from eggroll.noise import gaussian
 
 PAIRS = 128  # of a draw: noise grows with the population, so it is never all in memory
-
-
-class Factors(NamedTuple):
-    """A perturbation E = a^T b for each direction: a (n, R, O) is A / sqrt(R), b (n, R, I) is B."""
-
-    a: Tensor
-    b: Tensor
-
-    def part(self, directions: slice) -> "Factors":
-        return Factors(self.a[directions], self.b[directions])
 
 
 @dataclass(frozen=True)
@@ -83,23 +74,3 @@ class LowRank:
     def gradient(self, noise: Factors, weights: Tensor, layer: Layer) -> Tensor:
         """Ascent direction of [W, bias], (O, I): the sum of weights (n, 2) times +-E."""
         return weighted_sum(noise, (weights[:, 0] - weights[:, 1])[:, None])
-
-
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return y + (x b^T) a, (P, B, ..., O), without forming a^T b.
-
-    x (P or 1, B, ..., I), y (P or 1, B, ..., O), a (P, R, O), b (P, R, I); where x is shared, b may
-    have fewer rows, which repeat.
-    """
-    if len(x) == 1:  # one product for all members
-        u = (b.flatten(0, 1) @ x.flatten(0, -2).T).unflatten(0, b.shape[:2]).mT
-        u = u.repeat(len(a) // len(b), 1, 1)
-    else:
-        u = torch.bmm(x.flatten(1, -2), b.mT)
-    return torch.baddbmm(y.flatten(1, -2), u, a).view(len(a), *y.shape[1:])
-
-
-def weighted_sum(noise: Factors, weights: Tensor) -> Tensor:
-    """Sum of weights (n, O or 1) times E = a^T b over the directions, (O, I), in one product."""
-    weighted = noise.a * weights.unsqueeze(1)
-    return weighted.flatten(0, 1).T @ noise.b.flatten(0, 1)

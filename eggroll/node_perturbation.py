@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eggroll.blocks import Blocks, Draw, Layer, PopulationError, pad
-from eggroll.noise import hadamard, signs
+from eggroll.noise import hadamard, power_of_two, signs
 
 
 class Moves(NamedTuple):
@@ -29,10 +29,7 @@ class Moves(NamedTuple):
 
 @dataclass(frozen=True)
 class NodePerturbation(Blocks):
-    """Move one block of a layer's outputs by signs, with a score for each example.
-
-    Raises PopulationError for invalid values.
-    """
+    """Move one block of a layer's outputs by signs, with a score for each example."""
 
     population: int | tuple[int, ...] = (96, 128, 16)
     """Members that see each example, in all or for each layer; at most all orthogonal rows."""
@@ -49,17 +46,17 @@ class NodePerturbation(Blocks):
         super().__post_init__()
         if self.units & (self.units - 1):
             raise PopulationError(
-                f"units must be a power of two, got {self.units} (try {_power_of_two(self.units)})"
+                f"units must be a power of two, got {self.units} (try {power_of_two(self.units)})"
             )
 
     def rounded(self, directions: float, layer: Layer) -> int:
         """Return a number of directions: at most a full set of rows, in pairs where antithetic."""
-        signs, rows = 1 + self.antithetic, _power_of_two(self.block_units(layer))
+        signs, rows = 1 + self.antithetic, power_of_two(self.block_units(layer))
         return min(max(round(directions / signs), 1), rows) * signs
 
     def sample(self, layer: Layer, draw: Draw, rng: torch.Generator) -> Moves:
         """Draw rows of a Hadamard matrix, the same for all blocks, and the examples' signs."""
-        dtype, order = next(iter(layer.calls.values())).y.dtype, _power_of_two(draw.units)
+        dtype, order = next(iter(layer.calls.values())).y.dtype, power_of_two(draw.units)
         chosen = torch.randperm(order, generator=rng, device=rng.device)
         chosen = chosen[: draw.directions // (1 + self.antithetic)]
         rows = hadamard(order, dtype, rng.device)[chosen, : draw.units]
@@ -89,24 +86,14 @@ class NodePerturbation(Blocks):
         return scores - baseline
 
     def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
-        """Ascent direction of [W, bias], (O, I), from weights (n, K, B).
-
-        delta = mean over n of the change in score times the row, over the size of a move, is on
-        average the derivative of an example's score in the layer's output; W follows by the outer
-        product with the input.
-        """
+        """Ascent direction of [W, bias], (O, I): the sum over examples of delta x^T, over B."""
         n, blocks, examples = weights.shape
         total = weights.new_zeros(layer.outputs, layer.inputs)
         for position, call in layer.calls.items():
             rows = pad(noise.rows[position], self.block_units(layer)).unflatten(-1, (blocks, -1))
             delta = torch.einsum("nkb,n...kg->b...kg", weights, rows / n).flatten(-2)
-            # a batch of blanks has size 0, and a gradient of 0
+            # on average the derivative in the outputs; a batch of blanks has size 0 and delta 0
             size = noise.size[position].clamp_min(torch.finfo(delta.dtype).tiny)
             delta = delta[..., : layer.outputs] * noise.signs[position] / size
             total += delta.flatten(0, -2).T @ layer.with_one(call.x[0]).flatten(0, -2)
         return total / examples
-
-
-def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mnist_eggroll
 from eggroll import z_score
-from eggroll.low_rank import add_low_rank
+from eggroll.factors import add_low_rank
 from visualizations import estimators, how_eggroll_works, why_low_rank
 from visualizations.canvas import SHEET_STYLE
 from visualizations.make_figures import FIGURES, draw_all
