@@ -1,7 +1,6 @@
 """Shared by the benchmarks: flags, timing in turn, rows as CSV and JSON, one plot."""
 
 import json
-import subprocess
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiment.config import PathFlag
 from experiment.device import Clock, device_name
-from experiment.files import write_csv
+from experiment.files import commit, write_csv
 from experiment.plots import STYLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,9 +65,7 @@ def in_turn(
 
 def provenance(device: torch.device) -> Row:
     """Return the device, the version of torch and the commit."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {"device": device_name(device), "torch": torch.__version__, "commit": commit}
+    return {"device": device_name(device), "torch": torch.__version__, "commit": commit()}
 
 
 def show(row: Row, first: bool) -> None:

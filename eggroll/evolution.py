@@ -246,13 +246,15 @@ class Evolution:
         """
         training = [module.training for module in self.network.modules()]
         self.network.eval()  # dropout would draw other masks
-        check_leading_axis(self.network, inputs)
-        self._record(inputs)
-        for layer in self.layers:
-            if layer.evolves:
-                self._route(layer, inputs)
-        for module, mode in zip(self.network.modules(), training, strict=True):
-            module.training = mode
+        try:
+            check_leading_axis(self.network, inputs)
+            self._record(inputs)
+            for layer in self.layers:
+                if layer.evolves:
+                    self._route(layer, inputs)
+        finally:
+            for module, mode in zip(self.network.modules(), training, strict=True):
+                module.training = mode
         evolving = {i: layer for i, layer in enumerate(self.layers) if layer.evolves}
         if not evolving:
             raise PopulationError("the network never calls an nn.Linear that is trainable")

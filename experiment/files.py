@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -128,3 +129,13 @@ def load_weights(path: Path, network: nn.Module) -> None:
 
 def _describe(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def commit() -> str | None:
+    """Return the commit of the code, '-dirty' if it was changed since; None outside a checkout."""
+    here = str(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -15,7 +15,6 @@ import math
 import platform
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -291,7 +290,7 @@ class Run:
                 "torch": torch.__version__,
                 "platform": platform.platform(),
             },
-            "commit": _commit(),
+            "commit": files.commit(),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         files.write_json(self.folder / "config.json", record)
@@ -341,13 +340,3 @@ def _epoch_line(row: dict[str, Any], epochs: int, collapsed: list[int]) -> str:
     if collapsed:
         parts.append(f"collapsed classes: {', '.join(map(str, collapsed))}")
     return "  ".join(parts)
-
-
-def _commit() -> str | None:
-    """Return the commit of the code, '-dirty' if it was changed since; None outside a checkout."""
-    here = str(Path(__file__).parent)
-    command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -17,8 +17,6 @@ from unittest import mock
 import pytest
 import torch
 
-from model import MLP
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -47,19 +45,6 @@ def mnist_dir(tmp_path):
         write_idx(raw / f"{prefix}-images-idx3-ubyte", pixels, n, 28, 28)
         write_idx(raw / f"{prefix}-labels-idx1-ubyte", bytes(i % 10 for i in range(n)), n)
     return tmp_path
-
-
-@pytest.fixture
-def small_network():
-    """Return an MLP of odd, unequal sizes, which a transposed or mixed-up axis does not fit."""
-    return MLP(7, 5, 3, seed=1)
-
-
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(3)
-    inputs = torch.randn(11, 7, generator=generator)
-    return inputs, torch.randint(0, 3, (11,), generator=generator)
 
 
 def captured(name, flags, run):

@@ -251,6 +251,7 @@ def test_a_network_that_folds_the_leading_axis_is_told_what_to_write(fold):
     evolution = Evolution(Folds(fold), cross_entropy, LowRank(8))
     with pytest.raises(PopulationError, match=r"keep the leading axis.*flatten\(-3\)"):
         evolution.evaluate(inputs, torch.zeros(5, dtype=torch.long))
+    assert evolution.network.training  # as it was before the inspection
 
 
 def test_an_error_of_the_network_itself_stays_its_own():
