@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from experiment.config import PathFlag
 from experiment.device import Clock, device_name
 from experiment.files import commit, write_csv
-from experiment.plots import STYLE
+from experiment.plots import STYLE, save
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,6 +136,4 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
                 axes.margins(x=0.15)
             axes.legend(fontsize=9)
         figure.suptitle(title, fontsize=13)
-        figure.savefig(path.with_suffix(".png"))
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        plt.close(figure)
+        save(figure, path.parent, path.stem)

@@ -75,13 +75,11 @@ def draw_all(curves: Curves, summaries: Summaries, folder: Path) -> list[Path]:
         if methods:
             for name, (column, label, log) in ACCURACY_BY.items():
                 figure = accuracy_figure(curves, column, label, log, f"Test accuracy on {where}")
-                paths += _save(figure, folder, f"accuracy_by_{name}")
-            paths += _save(
-                fitness_figure(curves, f"Training fitness on {where}"), folder, "fitness"
-            )
-            paths += _save(cost_figure(methods, where), folder, "time_and_memory")
+                paths += save(figure, folder, f"accuracy_by_{name}")
+            paths += save(fitness_figure(curves, f"Training fitness on {where}"), folder, "fitness")
+            paths += save(cost_figure(methods, where), folder, "time_and_memory")
         if len(methods) < len(summaries):
-            paths += _save(any_signal_figure(summaries, where), folder, "any_signal")
+            paths += save(any_signal_figure(summaries, where), folder, "any_signal")
     return paths
 
 
@@ -209,7 +207,8 @@ def _draw_panel(axes: Axes, panel: Mapping[str, Mapping[str, list]]) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write name.png and name.svg atomically, and return their paths."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
         image, kind = io.BytesIO(), path.suffix[1:]
