@@ -26,6 +26,7 @@ from eggroll.blocks import Blocks, Call, Chunk, Draw, Layer, PopulationError
 from eggroll.fitness import Fitness, check_finite, check_scores
 from eggroll.inspection import Probe, check_leading_axis
 from eggroll.low_rank import LowRank
+from eggroll.mlp_loops import LINEAR, MlpLoops, Score, find, score_of
 from eggroll.node_perturbation import NodePerturbation
 from eggroll.noise import generator
 from eggroll.smoothing import Smoothing
@@ -76,6 +77,7 @@ class Evolution:
             layer.module.forward = partial(self._linear, index)
         self.draws: list[Draw] = []  # planned on the first batch
         self._drawn: dict[tuple[int, ...], tuple[Draw, dict[int, Any]]] = {}
+        self._loops: MlpLoops | None = None
 
     # ---- a step ----
 
@@ -89,12 +91,13 @@ class Evolution:
         if not self.draws:
             self.inspect(inputs)
         self._score_unperturbed(self._record(inputs), labels)
+        if self._loops:
+            self._loops.begin(self.calls, self._score(labels))
         scores = self.baseline.new_zeros(self.population, *self.baseline.shape)
         rank, processes = _process()
         for number, chunk in enumerate(self._chunks()):
             if number % processes == rank:
-                outputs = self._run(partial(self._perturbed, chunk), self._inputs(chunk, inputs))
-                scores[chunk.members] = chunk.by_direction(self._fitness_of(outputs, labels))
+                scores[chunk.members] = self._scores(chunk, inputs, labels)
         if processes > 1:
             dist.all_reduce(scores)  # zeros where another process scored: the sum is exact
         check_finite(scores, self.step)
@@ -131,6 +134,15 @@ class Evolution:
 
     # ---- members ----
 
+    def _scores(self, chunk: Chunk, inputs: Tensor, labels: Any) -> Tensor:
+        """Scores (P, B), or (P,) of an estimator with one per member, by direction."""
+        if self._loops:
+            first = chunk.draw.first_call
+            moved = self._moved(chunk, first, self.calls[first].x, self.calls[first].y)
+            return self._one_per_member(self._loops.scores(chunk.draw, moved))
+        outputs = self._run(partial(self._perturbed, chunk), self._inputs(chunk, inputs))
+        return chunk.by_direction(self._fitness_of(outputs, labels))
+
     def _perturbed(self, chunk: Chunk, position: int, index: int, x: Tensor) -> Tensor:
         """Output of a layer in the population's forward: y + move where it is perturbed."""
         draw, layer, call = chunk.draw, self.layers[index], self.calls[position]
@@ -138,12 +150,17 @@ class Evolution:
             return call.y.expand(len(x), *call.y.shape[1:]).clone()
         if index in draw.layers:
             x, y = (call.x, call.y) if position == draw.first_call else (x, layer.product(x))
-            noise = self._noise(draw)[index].part(chunk.directions)
-            moved = self.estimator.perturb(noise, layer, position, x, y)
+            moved = self._moved(chunk, position, x, y)
             return torch.cat([y, moved]) if draw.splits else moved
         if isinstance(self.estimator, Blocks) and position in draw.splits:
             return self.estimator.split(layer, x, draw)
         return layer.product(x)
+
+    def _moved(self, chunk: Chunk, position: int, x: Tensor, y: Tensor) -> Tensor:
+        """Output of a perturbed layer for each direction (or member, of LowRank)."""
+        index = self.calls[position].layer
+        noise = self._noise(chunk.draw)[index].part(chunk.directions)
+        return self.estimator.perturb(noise, self.layers[index], position, x, y)
 
     def _inputs(self, chunk: Chunk, inputs: Tensor) -> Tensor:
         """Inputs (1, B, ...), which broadcast, or (P, B, ...) where the network needs that."""
@@ -172,7 +189,9 @@ class Evolution:
         for draw in self.draws:
             call = self.calls[draw.first_call]
             later = [self.layers[c.layer].outputs for c in self.calls[draw.first_call + 1 :]]
-            widest = max(call.y.shape[-1], draw.blocks * max(later, default=0))
+            widest = max(
+                call.y.shape[-1], 0 if self._loops else draw.blocks * max(later, default=0)
+            )
             largest = CHUNK.get(call.y.device.type, CHUNK["cpu"])
             count = max(1, largest // (widest * call.y[..., 0].numel()))
             for first in range(0, draw.directions, count):
@@ -229,7 +248,17 @@ class Evolution:
         scores = check_scores(scores, members, examples, per_example=per_example)
         if outputs.is_floating_point():  # in few bits, members would hardly differ
             scores = scores.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
-        return scores.mean(1) if scores.dim() == 2 and not per_example else scores
+        return self._one_per_member(scores)
+
+    def _one_per_member(self, scores: Tensor) -> Tensor:
+        """Average scores (P, B) over the examples unless the estimator has one for each."""
+        return scores.mean(1) if scores.dim() == 2 and not self.estimator.per_example else scores
+
+    def _score(self, labels: Any) -> Score:
+        """Return what the loops compute."""
+        if self.smoothing:
+            return Score(LINEAR, self._direction, unperturbed=self._outputs[0])
+        return score_of(self.fitness, labels, self.calls[-1].y)
 
     @property
     def mean_fitness(self) -> Tensor:
@@ -259,6 +288,11 @@ class Evolution:
         if not evolving:
             raise PopulationError("the network never calls an nn.Linear that is trainable")
         self.draws = self.estimator.draws(evolving)
+        if isinstance(self.estimator, Blocks) and len(evolving) == len(self.layers):
+            smoothed = self.smoothing is not None
+            self._loops = find(
+                self.network, self.layers, self.calls, self.fitness, smoothed=smoothed
+            )
         self._warn_of_fixed(list(evolving.values()))
 
     def _route(self, layer: Layer, inputs: Tensor) -> None:

@@ -33,10 +33,17 @@ def cross_entropy(
     """
     if temperature != 1:
         outputs = outputs / temperature
+    target = smoothed_targets(labels, outputs, label_smoothing)
+    return torch.linalg.vecdot(outputs, target) - outputs.logsumexp(-1)
+
+
+def smoothed_targets(labels: Tensor, outputs: Tensor, label_smoothing: float) -> Tensor:
+    """Return the probabilities (B, ..., C) that outputs (P, B, ..., C) should have."""
     classes = outputs.shape[-1]
     target = torch.full((*labels.shape, classes), label_smoothing / classes).to(outputs)
-    target.scatter_(-1, labels.unsqueeze(-1), 1 - label_smoothing + label_smoothing / classes)
-    return torch.linalg.vecdot(outputs, target) - outputs.logsumexp(-1)
+    return target.scatter_(
+        -1, labels.unsqueeze(-1), 1 - label_smoothing + label_smoothing / classes
+    )
 
 
 def identity(scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eggroll import Smoothing, accuracy, evolution
+from eggroll import Smoothing, accuracy, compiled, evolution
 from eggroll.int8 import (
     FRACTION_BITS,
     INT8_SCALE,
@@ -22,8 +22,8 @@ from eggroll.int8 import (
     Int8SGD,
     Int8Smoothing,
     arithmetic,
-    kernels,
 )
+from eggroll.int8.arithmetic import kernels
 from eggroll.int8.network import activation
 from eggroll.int8.node_perturbation import DELTA_BITS
 from eggroll.int8.optimizer import RESIDUAL_BITS, follow
@@ -234,10 +234,10 @@ def test_the_estimate_is_the_gradient_on_average(network, estimator, cosine, nor
     ],
 )
 def test_kernels_compute_the_same_bits_as_torch(sizes, options, monkeypatch):
-    compiled = Trainer(sizes=sizes, **options).train(3)
-    assert kernels.library() is not None
-    monkeypatch.setattr(kernels, "library", lambda: None)
-    assert same_bits(compiled, Trainer(sizes=sizes, **options).train(3))
+    first = Trainer(sizes=sizes, **options).train(3)
+    assert kernels.library is not None
+    monkeypatch.setattr(kernels, "library", None)
+    assert same_bits(first, Trainer(sizes=sizes, **options).train(3))
 
 
 def test_no_bit_depends_on_threads_or_chunks(monkeypatch):
@@ -250,21 +250,20 @@ def test_no_bit_depends_on_threads_or_chunks(monkeypatch):
 
 
 def test_without_a_compiler_one_line_says_so(monkeypatch):
-    monkeypatch.setattr(kernels.shutil, "which", lambda _: None)
-    kernels.library.cache_clear()
+    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+    monkeypatch.delitem(vars(kernels), "library")
     with pytest.warns(UserWarning, match="no C.. compiler: apt install g.*three times as slowly"):
         slow = Trainer().train(1)
     with warnings.catch_warnings(action="error"):  # a second line
         Trainer().train(1)
     monkeypatch.undo()
-    kernels.library.cache_clear()
     assert same_bits(slow, Trainer().train(1))
 
 
 # ---- the update ----
 
 
-@pytest.mark.parametrize("library", [kernels.library, lambda: None])
+@pytest.mark.parametrize("library", [kernels.library, None])
 def test_error_feedback_loses_nothing_of_an_estimate(library, monkeypatch):
     monkeypatch.setattr(kernels, "library", library)
     weight = torch.zeros(300, dtype=torch.int8)
@@ -293,7 +292,7 @@ def test_steps_of_the_optimizer_are_those_of_sgd():
 
 @pytest.mark.parametrize("options", [{}, {"fitness": Int8Accuracy()}, SMOOTHED_ACCURACY])
 def test_no_floating_tensor_takes_part_in_a_step(options, monkeypatch):
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(kernels, "library", None)
     monkeypatch.setattr(arithmetic, "FLOAT_IS_FASTER", False)
     run = Trainer(**options)
     run.evolution.inspect(run.inputs)

@@ -1,13 +1,23 @@
 """Integer arithmetic: exact matrix products, and divisions that round to nearest."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from eggroll.compiled import Loops
 
 INT8_MAX = 127  # int8 is -127..127 everywhere: -128 would make the range asymmetric
 WIDE_MAX = 127 * 128  # largest number that is 128 * high + low, with high and low in int8
 # Longest inner product of int8 whose sum float32 holds exactly: 127 * 127 * 1040 < 2^24
 FLOAT_EXACT = 1040
+
+# Bit-identical to the torch code they replace
+kernels = Loops(
+    Path(__file__).with_name("kernels.cpp"),
+    "int8 runs on torch's operations, about three times as slowly",
+)
 
 
 def int_matmul(x: Tensor, y: Tensor) -> Tensor:

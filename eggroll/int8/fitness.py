@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from eggroll.fitness import Fitness
-from eggroll.int8 import kernels
-from eggroll.int8.arithmetic import INT8_MAX, rounded_division, rounded_shift
+from eggroll.int8.arithmetic import INT8_MAX, kernels, rounded_division, rounded_shift
 from eggroll.int8.network import FRACTION_BITS, Int8MLP
 from eggroll.smoothing import EPSILON, Smoothing
 

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from eggroll.int8 import kernels
-from eggroll.int8.arithmetic import clip, int_matmul, rounded_shift
+from eggroll.int8.arithmetic import clip, int_matmul, kernels, rounded_shift
 
 SCALE_BITS = 4
 INT8_SCALE = 1 << SCALE_BITS  # the int8 value of a real 1

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from eggroll.blocks import Draw, Layer, pad
-from eggroll.int8 import kernels
-from eggroll.int8.arithmetic import WIDE_MAX, clip, int_matmul, rounded_shift, wide_matmul
+from eggroll.int8.arithmetic import WIDE_MAX, clip, int_matmul, kernels, rounded_shift, wide_matmul
 from eggroll.int8.network import FRACTION_BITS, INT8_SCALE, Int8Linear
 from eggroll.node_perturbation import Moves, NodePerturbation
 

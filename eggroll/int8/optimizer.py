@@ -8,8 +8,7 @@ weight moves by the whole units in it, and the residual keeps the rest. Cf. QES,
 import torch
 from torch import Tensor
 
-from eggroll.int8 import kernels
-from eggroll.int8.arithmetic import clip, rounded_shift
+from eggroll.int8.arithmetic import clip, kernels, rounded_shift
 from eggroll.int8.network import Int8Linear, Int8MLP
 from eggroll.int8.node_perturbation import DELTA_BITS
 

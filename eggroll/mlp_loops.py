@@ -1,0 +1,143 @@
+"""Scores of an MLP's members by C++ loops on a CPU: torch's to rounding, and several times as fast.
+
+In torch, members write every activation to memory. mlp_loops.cpp goes from what the perturbed layer
+wrote to the scores in tiles that stay in the caches. `find` says what it covers.
+
+Shapes: n directions, K blocks, P = K n members, B examples, I / O inputs / outputs, C classes.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from eggroll.blocks import Call, Draw, Layer
+from eggroll.compiled import Loops
+from eggroll.fitness import Fitness, accuracy, cross_entropy, smoothed_targets
+
+LOOPS = Loops(
+    Path(__file__).with_name("mlp_loops.cpp"),
+    "members are scored by torch, about 5 times as slowly",
+)
+GELU, RELU = (F.gelu, nn.GELU), (F.relu, torch.relu, nn.ReLU)
+CROSS_ENTROPY, ACCURACY, LINEAR = range(3)  # kinds of score
+
+
+class Score(NamedTuple):
+    """What the loops compute of the outputs."""
+
+    kind: int
+    target: Tensor  # (B, C)
+    scale: float = 1.0  # of the outputs
+    unperturbed: Tensor | None = None  # outputs (B, C), which a LINEAR score subtracts
+
+
+def score_of(fitness: Fitness, labels: Tensor, outputs: Tensor) -> Score:
+    """Return the score that equals cross_entropy or accuracy."""
+    function, options = _unwrapped(fitness)
+    target = smoothed_targets(labels, outputs, options.get("label_smoothing", 0.0))
+    if function is accuracy:
+        return Score(ACCURACY, target)
+    return Score(CROSS_ENTROPY, target, 1 / options.get("temperature", 1.0))
+
+
+class MlpLoops:
+    """The loops for one network: `begin` at each step, then `scores` of each chunk."""
+
+    def __init__(self, layers: list[Layer], activations: tuple):
+        self.layers, self.gelu = layers, activations is GELU
+        self.tile = LOOPS.library.tile() if LOOPS.library else 1
+
+    def begin(self, calls: list[Call], score: Score) -> None:
+        """Lay out a step's weights and unperturbed outputs, (O, padded examples)."""
+        self.weights = [layer.module.weight.T.contiguous() for layer in self.layers]
+        self.sums = [self._padded(call.y[0].T) for call in calls]
+        biases = [layer.module.bias for layer in self.layers]
+        self.biases = [
+            torch.zeros_like(y) if bias is None else bias[:, None].expand_as(y).contiguous()
+            for bias, y in zip(biases, self.sums, strict=True)
+        ]
+        self.subtracted = torch.zeros_like(self.sums[-1])
+        if score.unperturbed is not None:
+            self.subtracted = self._padded(score.unperturbed.T)
+        for starts in (self.sums, self.biases):
+            starts[-1] = starts[-1] - self.subtracted
+        self.kind, self.target = score.kind, self._padded(score.target.T)
+        self.scale = torch.tensor(score.scale)
+
+    def scores(self, draw: Draw, moved: Tensor) -> Tensor:
+        """Return scores (P, B), by direction, of what the perturbed layer wrote, (n, B, O)."""
+        first, (n, examples, units) = draw.first_call, moved.shape
+        weights, starts = self.weights[first + 1 :], self.sums[first + 1 : first + 2]
+        starts += self.biases[first + 2 :]
+        still = self.sums[first] if weights else self.subtracted
+        out = moved.new_empty(n, draw.blocks, examples)
+        sizes = (n, examples, still.shape[1], units, draw.units, len(weights))
+        outputs = torch.tensor([weight.shape[1] for weight in weights])
+        parts = (_addresses(weights), _addresses(starts), outputs, self.gelu, self.kind)
+        LOOPS.call("members", moved, still, *sizes, *parts, self.target, self.scale, out)
+        return out.flatten(0, 1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Return x (O, B) with zeros for the examples that fill the last tile."""
+        return F.pad(x, (0, -x.shape[1] % self.tile)).contiguous()
+
+
+def find(
+    network: nn.Module, layers: list[Layer], calls: list[Call], fitness: Fitness, *, smoothed: bool
+) -> MlpLoops | None:
+    """Return the loops where they cover the network and the fitness.
+
+    That is float32 layers of type nn.Linear with inputs (B, I), F.gelu or F.relu or their modules
+    between them, and nothing after the last; cross_entropy and accuracy, and any smoothed fitness.
+    """
+    covered = smoothed or _unwrapped(fitness)[0] in (cross_entropy, accuracy)
+    floats = all(call.y.dim() == 3 and call.y.dtype == torch.float32 for call in calls)
+    if covered and floats and [call.layer for call in calls] == list(range(len(layers))):
+        activations = _activations(network, len(layers))
+        if activations and LOOPS.available(calls[0].y):
+            return MlpLoops(layers, activations)
+    return None
+
+
+def _activations(network: nn.Module, layers: int) -> tuple | None:
+    """Return GELU or RELU where the network ends in that many nn.Linear with it between them."""
+    try:
+        traced = fx.symbolic_trace(network)
+    except Exception:  # control flow that depends on the input
+        return None
+    modules, kinds = dict(traced.named_modules()), set()
+    node = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    for number in range(layers):
+        if number:
+            kinds.add(_kind(node, modules))
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or type(modules.get(str(node.target))) is not nn.Linear:
+            return None
+        node = node.args[0]
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple | None:
+    """Return GELU or RELU where the node is one of them."""
+    module = modules.get(str(node.target))
+    options = {"approximate": getattr(module, "approximate", "none"), **node.kwargs}
+    if options["approximate"] != "none":
+        return None
+    return next(
+        (kind for kind in (GELU, RELU) if node.target in kind or type(module) in kind), None
+    )
+
+
+def _unwrapped(fitness: Fitness) -> tuple[Any, dict[str, Any]]:
+    """Return a function and the options that partial gives it."""
+    if isinstance(fitness, partial) and not fitness.args:
+        return fitness.func, fitness.keywords
+    return fitness, {}
+
+
+def _addresses(tensors: list[Tensor]) -> Tensor:
+    return torch.tensor([tensor.data_ptr() for tensor in tensors])
