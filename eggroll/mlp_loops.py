@@ -6,6 +6,7 @@ wrote to the scores in tiles that stay in the caches. `find` says what it covers
 Shapes: n directions, K blocks, P = K n members, B examples, I / O inputs / outputs, C classes.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +111,7 @@ def _activations(network: nn.Module, layers: int) -> tuple | None:
     except Exception:  # control flow that depends on the input
         return None
     modules, kinds = dict(traced.named_modules()), set()
-    node = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    node: Any = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     for number in range(layers):
         if number:
             kinds.add(_kind(node, modules))
@@ -121,7 +122,7 @@ def _activations(network: nn.Module, layers: int) -> tuple | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple | None:
+def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple | None:
     """Return GELU or RELU where the node is one of them."""
     module = modules.get(str(node.target))
     options = {"approximate": getattr(module, "approximate", "none"), **node.kwargs}
