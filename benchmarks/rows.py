@@ -133,7 +133,7 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
             if panel.names:
                 axes.set_yticks(range(len(panel.names)), panel.names)
                 axes.set_ylim(len(panel.names) - 0.3, -0.7)
-                axes.margins(x=0.15)
+                axes.margins(x=0.2)
             axes.legend(fontsize=9)
         figure.suptitle(title, fontsize=13)
         save(figure, path.parent, path.stem)

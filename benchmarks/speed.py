@@ -3,16 +3,8 @@
 python benchmarks/speed.py --csv speed.csv             # a minute on two cores
 python benchmarks/speed.py --csv speed.csv --memory    # with the peak memory of each method
 
-backprop (bare) is forward, cross-entropy, backward and SGD on one batch, one graph on CUDA: ratios
-are to it. All others are steps as the scripts take them, at the population of their preset.
-
-The lower bound counts only unavoidable matrix products and activations, of as many directions at
-once as is fastest. They are timed in the same run:
-    backprop           the products of the forward and the backward pass
-    eggroll            per direction x B and an activation; per member the product of its block of
-                       units, and the activations and products after it
-    node-perturbation  the same without x B; in int8 the products alone
-    eggroll-dense      x B, all activations, and the products of all layers but the first
+Steps are those of the scripts, at the population of their preset. The lower bound is the arithmetic
+that a method cannot avoid, at the best rates of this machine: bounds.py, timed in the same run.
 Times are the median and the deciles of turns of 50 ms, which alternate.
 """
 
@@ -21,8 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count, repeat
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,11 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, fr
 import mnist_backprop
 import mnist_eggroll
 import mnist_eggroll_int8
+from benchmarks import bounds
 from benchmarks import rows as shared
 from benchmarks.rows import Row, Series, Work
-from eggroll import Evolution, LowRank, NodePerturbation, PopulationError, int8
-from eggroll.blocks import Draw
-from eggroll.int8.arithmetic import int_matmul
+from eggroll import Evolution, NodePerturbation, PopulationError, int8
 from experiment.config import MARKERS
 from experiment.data import Dataset, Split, quantised
 from experiment.device import choose_device, peak_memory_mb, set_threads
@@ -50,11 +40,10 @@ from experiment.plots import colour
 from experiment.script import run_script
 from model import MLP
 
-BARE, INT8 = "backprop (bare)", "node-perturbation-int8"
-METHODS = (BARE, "backprop", "eggroll", "eggroll-dense", "node-perturbation", INT8)
+BACKPROP, INT8 = "backprop", "node-perturbation-int8"
+METHODS = (BACKPROP, "eggroll", "eggroll-dense", "node-perturbation", INT8)
 BATCH, IMAGES = 128, 51_200
 STEPS = 1_000_000  # of a schedule: more than are taken
-AT_ONCE = {"cpu": (1, 4, 16), "cuda": (16, 64, 256)}  # directions, of which the fastest counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +69,11 @@ def endless(data: Dataset) -> Iterator[tuple[Tensor, Tensor]]:
         yield from data.batches(epoch, seed=0, batch_size=BATCH)
 
 
-def backprop_step(device: torch.device, bare: bool) -> Work:
-    config, network = mnist_backprop.PRESETS["backprop"], MLP().to(device)
+def backprop_step(device: torch.device) -> Work:
+    config, network = mnist_backprop.PRESETS[BACKPROP], MLP().to(device)
     optimizer = make_optimizer(network, config)
     schedule = make_schedule(optimizer, config, STEPS)
     batches, fitness = endless(random_data(device)), torch.zeros((), device=device)
-    if bare:
-        batches = repeat(next(batches))
 
     def step() -> None:
         images, labels = next(batches)
@@ -94,31 +81,16 @@ def backprop_step(device: torch.device, bare: bool) -> Work:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if not bare:
-            schedule.step()
-            fitness.add_(-loss.detach())
+        schedule.step()
+        fitness.add_(-loss.detach())
 
-    return captured(step) if bare and device.type == "cuda" else step
-
-
-def captured(step: Work) -> Work:
-    """Return a step that replays one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # lazy set-up cannot be captured
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return step
 
 
 def make(name: str, device: torch.device, population: int | None) -> tuple[Work, Evolution | None]:
     """Return a method's step, and its Evolution. Raises whatever a first step raises."""
-    if name in (BARE, "backprop"):
-        return backprop_step(device, bare=name == BARE), None
+    if name == BACKPROP:
+        return backprop_step(device), None
     data, network = random_data(device), MLP().to(device)
     if name == INT8:
         config = mnist_eggroll_int8.PRESETS[name]
@@ -150,63 +122,12 @@ def make(name: str, device: torch.device, population: int | None) -> tuple[Work,
     return step, evolution
 
 
-def backprop_work(device: torch.device) -> Work:
-    """Return every matrix product of a step: forward, and backward but for the first input's."""
-    products = []
-    for parameter in MLP().parameters():
-        weight = parameter.detach().to(device)
-        error, x = (torch.randn(BATCH, size, device=device) for size in weight.shape)
-        products += [(error, weight)] if products else []
-        products += [(x, weight.T), (error.T, x)]
-    return lambda: [torch.mm(x, y) for x, y in products]
-
-
-def members_work(evolution: Evolution, plan: Draw, n: int, device: torch.device) -> Work:
-    """Return the products and activations of n directions of a draw; of integers the products."""
-    dense = isinstance(evolution.estimator, LowRank)
-    integers = isinstance(evolution, int8.Int8Evolution)
-    randint = partial(torch.randint, -127, 128, dtype=torch.int8, device=device)
-    new = randint if integers else partial(torch.randn, device=device)
-    first, *later = evolution.layers[plan.layers[0] :]
-    rank, activations, products = getattr(evolution.estimator, "rank", 0), [], []
-    if rank:
-        products.append((new((BATCH, first.inputs)), new((first.inputs, n * rank))))
-    for index, layer in enumerate(later):
-        by_member = dense or index > 0
-        x = new((n * plan.blocks if by_member else n, BATCH, layer.inputs))
-        activations.append(x)
-        if by_member:
-            products.append((x, new((layer.inputs, layer.outputs))))
-        else:  # each member's block alone
-            sizes = (n * BATCH, plan.units), (plan.units, layer.outputs)
-            products.append(tuple(new((plan.blocks, *size)) for size in sizes))
-        if dense:
-            products.append((x, new((len(x), layer.inputs, rank))))
-
-    def work() -> None:
-        for x in () if integers else activations:
-            F.gelu(x)
-        for x, y in products:
-            int_product(x, y) if integers else torch.matmul(x, y)
-
-    return work
-
-
-def int_product(x: Tensor, y: Tensor) -> None:
-    for pair in zip(x, y, strict=True) if y.dim() == 3 else [(x.flatten(0, 1), y)]:
-        int_matmul(*pair)
-
-
-def bound_of(evolution: Evolution | None, device: torch.device) -> list[tuple[int, dict]]:
-    """Return (directions, {directions at once: work}) of each layer, or of all layers at once."""
-    if evolution is None:
-        return [(1, {1: backprop_work(device)})]
-    parts = []
-    for plan in {plan.layers: plan for plan in evolution.draws}.values():
-        total = sum(other.directions for other in evolution.draws if other.layers == plan.layers)
-        sizes = [n for n in AT_ONCE[device.type] if n <= total] or [total]
-        parts.append((total, {n: members_work(evolution, plan, n, device) for n in sizes}))
-    return parts
+def count_of(evolution: Evolution | None) -> bounds.Counts:
+    """Return what a step cannot avoid (None: backprop's)."""
+    if evolution:
+        return bounds.evolution(evolution, BATCH)
+    weights = (parameter.shape for parameter in MLP().parameters())
+    return bounds.backprop([(inputs, outputs) for outputs, inputs in weights], BATCH)
 
 
 def peak_memory(name: str, device: torch.device, population: int | None) -> float:
@@ -223,36 +144,24 @@ def peak_memory(name: str, device: torch.device, population: int | None) -> floa
 def measure(config: Config, device: torch.device) -> tuple[list[Row], list[str]]:
     """Return the rows, and a line for each method that failed."""
     work: dict[Any, Work] = {}
-    bounds, populations, failed = {}, {}, []
+    counts, populations, failed = {}, {}, []
     for name in METHODS:
         try:
             work[name], evolution = make(name, device, config.population)
-            bounds[name] = bound_of(evolution, device)
+            counts[name] = count_of(evolution)
             populations[name] = evolution.population if evolution else ""
         except Exception as error:  # one method must not end the others
             failed.append(f"{name} failed: {' '.join(str(error).split())[:200]}")
-    for name, parts in bounds.items():
-        for index, (_, by_size) in enumerate(parts):
-            work |= {(name, index, n): call for n, call in by_size.items()}
+    operations = bounds.operations(device)
+    work |= operations
     seconds = shared.in_turn(work, device, config.rounds, turn=0.05)
     middle = {key: statistics.median(values) for key, values in seconds.items()}
+    each = bounds.seconds_of_each({key: middle[key] for key in operations})
     rows = []
     for name, population in populations.items():
-        bound = sum(
-            min(total / n * middle[name, index, n] for n in by_size)
-            for index, (total, by_size) in enumerate(bounds[name])
-        )
-        ordered = sorted(seconds[name])
-        row = {
-            "what": name,
-            "population": population,
-            "step_seconds": round(middle[name], 7),
-            "p10": round(ordered[len(ordered) // 10], 7),
-            "p90": round(ordered[-1 - len(ordered) // 10], 7),
-            "bound_seconds": round(bound, 7),
-            "ratio_to_bound": round(middle[name] / bound, 3),
-            "ratio_to_backprop": round(middle[name] / middle[BARE], 3),
-        }
+        bound = counts[name].seconds(each)
+        row = {"what": name, "population": population}
+        row |= times(seconds[name], bound, middle[BACKPROP])
         if config.memory:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                 peak = process.submit(peak_memory, name, device, config.population)
@@ -262,16 +171,31 @@ def measure(config: Config, device: torch.device) -> tuple[list[Row], list[str]]
     return rows, failed
 
 
+def times(seconds: Sequence[float], bound: float, backprop: float) -> Row:
+    """Return the columns of a step's time."""
+    ordered, middle = sorted(seconds), statistics.median(seconds)
+    return {
+        "step_seconds": round(middle, 7),
+        "p10": round(ordered[len(ordered) // 10], 7),
+        "p90": round(ordered[-1 - len(ordered) // 10], 7),
+        "bound_seconds": round(bound, 7),
+        "ratio_to_bound": round(middle / bound, 3),
+        "ratio_to_backprop": round(middle / backprop, 3),
+    }
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw each step over backprop's as a point, its lower bound as a mark."""
-    bounds = [row["bound_seconds"] / rows[0]["step_seconds"] for row in rows]
-    series = [Series("lower bound", bounds, range(len(rows)), "k|")]
+    lowest = [row["bound_seconds"] / rows[0]["step_seconds"] for row in rows]
+    series, names = [Series("lower bound", lowest, range(len(rows)), "k|")], []
     for place, row in enumerate(rows):
-        ratio, paint = row["ratio_to_backprop"], colour(row["what"].removesuffix(" (bare)"))
-        note = f"{ratio:.3g} times, {1_000 * row['step_seconds']:.3g} ms"
+        ratio, paint = row["ratio_to_backprop"], colour(row["what"])
+        note = f"{row['ratio_to_bound']:.3g} x bound"
         series.append(Series("", [ratio], [place], "o", paint, notes=[note]))
-    label = "seconds of a step over those of backprop's bare step (log scale)"
-    panel = shared.Panel("", label, "", series, [row["what"] for row in rows])
+        milliseconds = f"{1_000 * row['step_seconds']:.3g} ms"
+        names.append(f"{row['what']}\n{milliseconds}, {ratio:.3g} x backprop")
+    label = "seconds of a step over those of backprop's step (log scale)"
+    panel = shared.Panel("", label, "", series, names)
     shared.draw(path, f"A step of batch {BATCH}\n{rows[0]['device']}", [panel])
 
 

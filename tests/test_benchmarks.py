@@ -4,8 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_command
 from runs import read_csv
+
+from benchmarks import bounds
+from eggroll import BlockLowRank, Evolution, LowRank, NodePerturbation, cross_entropy
+from model import MLP
 
 SAMPLE = ("--dataset", "mnist-sample")
 
@@ -24,19 +29,79 @@ def rows_of(benchmark, folder, *flags):
 def test_speed_compares_each_method_with_its_lower_bound_and_with_backprop(tmp_path):
     rows = rows_of("speed.py", tmp_path, "--device", "cpu", "--population", "32", "--rounds", "1")
     assert [row["what"] for row in rows] == [
-        "backprop (bare)",
         "backprop",
         "eggroll",
         "eggroll-dense",
         "node-perturbation",
         "node-perturbation-int8",
     ]
-    assert [row["population"] for row in rows] == ["", "", 33, 32, 240, 240]
+    assert [row["population"] for row in rows] == ["", 33, 32, 240, 240]
     for row in rows:
         step, bound = row["step_seconds"], row["bound_seconds"]
         assert row["ratio_to_bound"] == pytest.approx(step / bound, rel=0.02)
         to_backprop = step / rows[0]["step_seconds"]
         assert row["ratio_to_backprop"] == pytest.approx(to_backprop, rel=0.02)
+
+
+def counts(estimator):
+    """Return the arithmetic of a step of the experiment's MLP, of batch 128."""
+    evolution = Evolution(MLP(), cross_entropy, estimator)
+    evolution.inspect(torch.zeros(128, 784))
+    return bounds.evolution(evolution, 128)
+
+
+FORWARD = 128 * (784 * 256 + 256 * 256 + 256 * 10)
+
+
+def test_backprop_cannot_avoid_its_products_but_for_the_first_inputs_gradient():
+    found = bounds.backprop([(784, 256), (256, 256), (256, 10)], 128)
+    assert found == (3 * FORWARD - 128 * 784 * 256, 128 * (256 + 256), False)
+
+
+def test_members_of_eggroll_share_what_follows_their_direction():
+    found = counts(BlockLowRank((320, 640, 30), rank=2))  # 20, 40 and 30 directions
+    noise = 128 * 2 * (20 * 784 + 40 * 256 + 30 * 256)  # x times B
+    blocks = 128 * (20 * 256 * 256 + 40 * 256 * 10)
+    after = 128 * 320 * 256 * 10
+    estimate = 2 * (20 * 784 * 256 + 40 * 256 * 256 + 30 * 256 * 10)
+    activations = 128 * (2 * 256 + 20 * 256 + 40 * 256 + 320 * 256)
+    assert found == (FORWARD + noise + blocks + after + estimate, activations, False)
+
+
+def test_node_perturbation_has_neither_noise_to_multiply_nor_a_sum_over_members():
+    found = counts(NodePerturbation((96, 128, 16)))  # 6, 8 and 16 directions
+    products = 128 * (6 * 256 * 256 + 8 * 256 * 10 + 96 * 256 * 10)
+    activations = 128 * (2 * 256 + 6 * 256 + 8 * 256 + 96 * 256)
+    assert found == (2 * FORWARD + products, activations, False)
+
+
+def test_members_of_all_layers_share_the_first_product_alone():
+    found = counts(LowRank(6))
+    products = 128 * 784 * 256 + 6 * 128 * (256 * 256 + 256 * 10)
+    noise = 128 * (3 * 784 + 6 * (256 + 256)) + 6 * 128 * (256 + 256 + 10)
+    estimate = 3 * (784 * 256 + 256 * 256 + 256 * 10)
+    assert found == (products + noise + estimate, 6 * 128 * (256 + 256), False)
+
+
+def test_a_bound_is_at_the_best_rate_of_each_operation():
+    rates = {("product", 10): 2.0, ("product", 40): 4.0, ("activation", 2): 1.0}
+    each = bounds.seconds_of_each(rates)
+    assert each == {"product": 0.1, "activation": 0.5}
+    assert bounds.Counts(30, 4).seconds(each) == pytest.approx(5)
+    each["int8 product"] = 0.2
+    assert bounds.Counts(30, 0, True).seconds(each) == pytest.approx(6)
+
+
+@pytest.mark.parametrize("compiler", ["there", "missing"])
+def test_every_operation_has_a_rate(compiler, monkeypatch):
+    if compiler == "missing":
+        monkeypatch.setitem(vars(bounds.CEILINGS), "library", None)
+    calls = bounds.operations(torch.device("cpu"))
+    kinds = {kind for kind, _ in calls}
+    assert kinds == {"product", "int8 product", "activation"}
+    assert len(calls) == (5 if bounds.CEILINGS.library else 3)
+    for call in calls.values():
+        call()
 
 
 def test_alignment_is_what_theory_says(tmp_path):
