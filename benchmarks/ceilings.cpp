@@ -4,8 +4,9 @@
 
 namespace {
 
-constexpr int LENGTH = 64, HEIGHT = 12, BUFFER = 64;  // terms of a sum, sums of a vector, vectors of a buffer
-constexpr int WIDTH = LANES == 16 ? PAIR : 1;         // vectors of a sum: all sums stay in registers
+constexpr int LENGTH = 64, BUFFER = 64;  // terms of a sum, vectors of a buffer
+// HEIGHT x WIDTH sums hide the latency of a multiply-add, and stay in registers
+constexpr int HEIGHT = LANES == 16 ? 12 : 6, WIDTH = 2;
 
 // Stop the compiler from computing at compile time, or leaving out, what is read or written here
 inline void touch(void* x) { asm volatile("" : : "r"(x) : "memory"); }
