@@ -192,7 +192,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         ratio, paint = row["ratio_to_backprop"], colour(row["what"])
         note = f"{row['ratio_to_bound']:.3g} x bound"
         series.append(Series("", [ratio], [place], "o", paint, notes=[note]))
-        milliseconds = f"{1_000 * row['step_seconds']:.3g} ms"
+        milliseconds = f"{1_000 * row['step_seconds']:,.4g} ms"
         names.append(f"{row['what']}\n{milliseconds}, {ratio:.3g} x backprop")
     label = "seconds of a step over those of backprop's step (log scale)"
     panel = shared.Panel("", label, "", series, names)
