@@ -28,7 +28,7 @@ CROSS_ENTROPY, ACCURACY, LINEAR = range(3)  # kinds of score
 
 
 class Score(NamedTuple):
-    """What the loops compute of the outputs."""
+    """A score that the loops compute of the outputs."""
 
     kind: int
     target: Tensor  # (B, C)
@@ -39,9 +39,10 @@ class Score(NamedTuple):
 def score_of(fitness: Fitness, labels: Tensor, outputs: Tensor) -> Score:
     """Return the score that equals cross_entropy or accuracy."""
     function, options = _unwrapped(fitness)
-    target = smoothed_targets(labels, outputs, options.get("label_smoothing", 0.0))
     if function is accuracy:
-        return Score(ACCURACY, target)
+        classes = torch.arange(outputs.shape[-1], device=outputs.device)
+        return Score(ACCURACY, (classes == labels.view(-1, 1)).to(outputs))
+    target = smoothed_targets(labels, outputs, options.get("label_smoothing", 0.0))
     return Score(CROSS_ENTROPY, target, 1 / options.get("temperature", 1.0))
 
 
@@ -71,6 +72,7 @@ class MlpLoops:
 
     def scores(self, draw: Draw, moved: Tensor) -> Tensor:
         """Return scores (P, B), by direction, of what the perturbed layer wrote, (n, B, O)."""
+        assert moved.dtype == torch.float32, "the network's dtype has changed"
         first, (n, examples, units) = draw.first_call, moved.shape
         weights, starts = self.weights[first + 1 :], self.sums[first + 1 : first + 2]
         starts += self.biases[first + 2 :]
@@ -90,7 +92,7 @@ class MlpLoops:
 def find(
     network: nn.Module, layers: list[Layer], calls: list[Call], fitness: Fitness, *, smoothed: bool
 ) -> MlpLoops | None:
-    """Return the loops where they cover the network and the fitness.
+    """Return the loops where they cover the network, in evaluation mode, and the fitness.
 
     That is float32 layers of type nn.Linear with inputs (B, I), F.gelu or F.relu or their modules
     between them, and nothing after the last; cross_entropy and accuracy, and any smoothed fitness.
@@ -98,14 +100,17 @@ def find(
     covered = smoothed or _unwrapped(fitness)[0] in (cross_entropy, accuracy)
     floats = all(call.y.dim() == 3 and call.y.dtype == torch.float32 for call in calls)
     if covered and floats and [call.layer for call in calls] == list(range(len(layers))):
-        activations = _activations(network, len(layers))
-        if activations and LOOPS.available(calls[0].y):
+        kinds = {_activations(network.train(mode), len(layers)) for mode in (True, False)}
+        activations = kinds.pop()
+        if activations and not kinds and LOOPS.available(calls[0].y):
             return MlpLoops(layers, activations)
     return None
 
 
 def _activations(network: nn.Module, layers: int) -> tuple | None:
     """Return GELU or RELU where the network ends in that many nn.Linear with it between them."""
+    if any(map(_is_patched, network.modules())):
+        return None
     try:
         traced = fx.symbolic_trace(network)
     except Exception:  # control flow that depends on the input
@@ -115,22 +120,37 @@ def _activations(network: nn.Module, layers: int) -> tuple | None:
     for number in range(layers):
         if number:
             kinds.add(_kind(node, modules))
-            node = node.args[0]
-        if not isinstance(node, fx.Node) or type(modules.get(str(node.target))) is not nn.Linear:
+            node = _input(node)
+        if type(_module(node, modules)) is not nn.Linear:
             return None
-        node = node.args[0]
+        node = _input(node)
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple | None:
+def _is_patched(module: nn.Module) -> bool:
+    """Return whether a module computes something that a trace does not show."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _kind(node: Any, modules: Mapping[str, nn.Module]) -> tuple | None:
     """Return GELU or RELU where the node is one of them."""
-    module = modules.get(str(node.target))
-    options = {"approximate": getattr(module, "approximate", "none"), **node.kwargs}
+    module = _module(node, modules)
+    options = {"approximate": getattr(module, "approximate", "none"), **getattr(node, "kwargs", {})}
     if options["approximate"] != "none":
         return None
-    return next(
-        (kind for kind in (GELU, RELU) if node.target in kind or type(module) in kind), None
-    )
+    called = type(module) if module else getattr(node, "target", None)
+    return next((kind for kind in (GELU, RELU) if called in kind), None)
+
+
+def _module(node: Any, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """Return the module that a node calls."""
+    called = isinstance(node, fx.Node) and node.op == "call_module"
+    return modules.get(str(node.target)) if called else None
+
+
+def _input(node: Any) -> Any:
+    """Return the only positional argument of a node."""
+    return node.args[0] if isinstance(node, fx.Node) and len(node.args) == 1 else None
 
 
 def _unwrapped(fitness: Fitness) -> tuple[Any, dict[str, Any]]:
