@@ -1,0 +1,205 @@
+// The loop over an MLP's members on a CPU, for any arithmetic: no activation goes to memory.
+// Vector extensions of GCC and Clang: one source for AVX-512, AVX2 and NEON. Lanes are examples.
+// Shapes: n directions, K blocks, G units of a block, B examples, O outputs of a layer, C classes.
+// A row of `padded` examples is B of them and zeros, a multiple of TILE.
+//
+// An Arithmetic has:
+//   Number, Vector              what layers write, of 4 bytes, and LANES of them
+//   UNITS                       units of a layer whose inputs to the next one share a Vector
+//   score(y, C, b)              scores of the outputs y (C, PAIR) of the vector of examples at b
+//   hidden(sums, l), last(sum)  what follows from UNITS sums, or a sum, of the later layer l
+//   active(units), less(x, y)   inputs of UNITS units of the perturbed layer, and their difference
+//   multiply_add(sum, x, w)     sum + inputs x times weights w of UNITS units
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 8;  // numbers of a vector, and outputs whose sums stay in registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;
+#else
+constexpr int LANES = 4, ROWS = 8;
+#endif
+constexpr int PAIR = 2, TILE = PAIR * LANES;  // vectors, and examples, that are worked on together
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Ints load(const int32_t* from) {
+  Ints x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// The first `count` numbers, and zeros
+template <class Number>
+inline auto load(const Number* from, int64_t count) {
+  if (count == LANES) return load(from);
+  decltype(load(from)) x = {};
+  for (int64_t i = 0; i < count; i++) x[i] = from[i];
+  return x;
+}
+
+// ---- examples to lanes ----
+
+template <int S, class Vector, int... I>
+inline void exchange(Vector& x, Vector& y, std::integer_sequence<int, I...>) {
+  const Vector a = x, b = y;
+  x = Vector{(I & S ? b[I & ~S] : a[I])...};
+  y = Vector{(I & S ? b[I] : a[I | S])...};
+}
+
+// Transpose (LANES, LANES), by exchanging blocks of S
+template <int S = 1, class Vector>
+inline void transpose(Vector* rows) {
+  if constexpr (S < LANES) {
+    for (int i = 0; i < LANES; i++)
+      if (!(i & S)) exchange<S>(rows[i], rows[i | S], std::make_integer_sequence<int, LANES>());
+    transpose<2 * S>(rows);
+  }
+}
+
+// Members that move one block of a layer's outputs each, and scores (n, K, B)
+template <class Number>
+struct Members {
+  int64_t threads, n, B, padded, U, G, later;
+  const Number *moved, *still;            // (n, B, U), and (U, padded)
+  const Number *const *weights, *const *starts;  // of each later layer: (I / UNITS, O), and (O, padded)
+  const int64_t* sizes;                   // O of each later layer
+  Number* out;
+};
+
+template <class Arithmetic>
+class MemberLoops {
+  using Number = typename Arithmetic::Number;
+  using Vector = typename Arithmetic::Vector;
+  static constexpr int UNITS = Arithmetic::UNITS;
+
+  const Arithmetic arithmetic;
+  const Members<Number> m;
+
+  static int64_t vectors(int64_t units) { return (units + UNITS - 1) / UNITS; }
+
+  // y = what follows from start (N, padded) + w (count, stride) x (count, TILE)
+  template <int N, bool HIDDEN>
+  inline void product(int64_t l, const Vector* x, int64_t count, const Number* w, const Number* start,
+                      Vector* y) const {
+    constexpr int TOGETHER = HIDDEN ? UNITS : 1;
+    const int64_t stride = m.sizes[l], padded = m.padded;
+    Vector sums[N][PAIR];
+    for (int i = 0; i < N; i++)
+      for (int v = 0; v < PAIR; v++) sums[i][v] = load(start + i * padded + v * LANES);
+    for (int64_t g = 0; g < count; g++, x += PAIR, w += stride)
+      for (int i = 0; i < N; i++)
+        for (int v = 0; v < PAIR; v++) sums[i][v] = arithmetic.multiply_add(sums[i][v], x[v], w[i]);
+    for (int i = 0; i < N; i += TOGETHER)
+      for (int v = 0; v < PAIR; v++) {
+        Vector units[TOGETHER] = {};
+        for (int u = 0; u < std::min(TOGETHER, N - i); u++) units[u] = sums[i + u][v];
+        if constexpr (HIDDEN) *y++ = arithmetic.hidden(units, l);
+        else *y++ = arithmetic.last(units[0]);
+      }
+  }
+
+  template <bool HIDDEN>
+  void layer(int64_t l, const Vector* x, int64_t count, const Number* w, const Number* start, Vector* y) const {
+    constexpr int TOGETHER = HIDDEN ? UNITS : 1;
+    const int64_t O = m.sizes[l];
+    int64_t o = 0;
+    for (; o + ROWS <= O; o += ROWS)
+      product<ROWS, HIDDEN>(l, x, count, w + o, start + o * m.padded, y + o / TOGETHER * PAIR);
+    for (; o + 2 <= O; o += 2)
+      product<2, HIDDEN>(l, x, count, w + o, start + o * m.padded, y + o / TOGETHER * PAIR);
+    for (; o < O; o++) product<1, HIDDEN>(l, x, count, w + o, start + o * m.padded, y + o / TOGETHER * PAIR);
+  }
+
+  // How far the inputs of the next layer moved from `before` (or the outputs, of the last), by examples x (, U)
+  template <bool HIDDEN>
+  void moves(const Number* x, int64_t examples, const Number* before, Vector* to) const {
+    for (int v = 0; v < PAIR; v++)
+      for (int64_t o = 0; o < m.U; o += LANES) {
+        const int64_t width = std::min<int64_t>(LANES, m.U - o);
+        Vector rows[LANES] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, examples - v * LANES); i++)
+          rows[i] = load(x + (v * LANES + i) * m.U + o, width);
+        transpose(rows);
+        for (int64_t i = 0; i < width; i += HIDDEN ? UNITS : 1) {
+          const int64_t at = HIDDEN ? (o + i) / UNITS : o + i;
+          const Vector y = load(before + at * m.padded + v * LANES);
+          if constexpr (HIDDEN) to[at * PAIR + v] = arithmetic.less(arithmetic.active(rows + i), y);
+          else to[at * PAIR + v] = rows[i] - y;
+        }
+      }
+  }
+
+  // Inputs (U / UNITS, padded) of the next layer where nothing moved
+  std::vector<Number> unperturbed() const {
+    std::vector<Number> inputs(vectors(m.U) * m.padded);
+    for (int64_t o = 0; o < m.U; o += UNITS)
+      for (int64_t b = 0; b < m.padded; b += LANES) {
+        Vector units[UNITS] = {};
+        for (int64_t i = 0; i < std::min<int64_t>(UNITS, m.U - o); i++)
+          units[i] = load(m.still + (o + i) * m.padded + b);
+        const Vector y = arithmetic.active(units);
+        std::memcpy(&inputs[o / UNITS * m.padded + b], &y, sizeof y);
+      }
+    return inputs;
+  }
+
+  // Outputs (C, PAIR) of a member that moved the units x of block k; here and there are free memory
+  const Vector* outputs(int64_t first, int64_t k, const Vector* x, Vector* here, Vector* there) const {
+    int64_t count = vectors(std::min(m.G, m.U - k * m.G));
+    for (int64_t l = 0; l < m.later; l++) {
+      const auto run = l + 1 < m.later ? &MemberLoops::layer<true> : &MemberLoops::layer<false>;
+      const Number* w = m.weights[l] + (l ? 0 : k * m.G / UNITS * m.sizes[l]);
+      (this->*run)(l, x, count, w, m.starts[l] + first, here);
+      x = here, count = vectors(m.sizes[l]);
+      std::swap(here, there);
+    }
+    return x;
+  }
+
+ public:
+  MemberLoops(const Arithmetic& arithmetic, const Members<Number>& members) : arithmetic(arithmetic), m(members) {}
+
+  void run() const {
+    const int64_t K = (m.U + m.G - 1) / m.G, C = m.later ? m.sizes[m.later - 1] : m.U;
+    const int64_t widest = m.later ? *std::max_element(m.sizes, m.sizes + m.later) : 0;
+    const std::vector<Number> inputs = m.later ? unperturbed() : std::vector<Number>();
+    const Number* before = m.later ? inputs.data() : m.still;
+#pragma omp parallel num_threads(m.threads)
+    {
+      std::vector<Vector> memory((m.U + 2 * widest) * PAIR);
+      Vector *const moved_units = memory.data(), *here = moved_units + m.U * PAIR, *there = here + widest * PAIR;
+#pragma omp for collapse(2)
+      for (int64_t first = 0; first < m.padded; first += TILE)
+        for (int64_t j = 0; j < m.n; j++) {
+          const auto move = m.later ? &MemberLoops::moves<true> : &MemberLoops::moves<false>;
+          (this->*move)(m.moved + (j * m.B + first) * m.U, m.B - first, before + first, moved_units);
+          for (int64_t k = 0; k < K; k++) {
+            const int64_t at = m.later ? k * m.G / UNITS : k * m.G;
+            const Vector* y = outputs(first, k, moved_units + at * PAIR, here, there);
+            for (int64_t b = first; b < std::min(first + TILE, m.B); b += LANES, y++) {
+              const Vector f = arithmetic.score(y, C, b);
+              Number* to = m.out + (j * K + k) * m.B + b;
+              for (int64_t i = 0; i < std::min<int64_t>(LANES, m.B - b); i++) to[i] = f[i];
+            }
+          }
+        }
+    }
+  }
+};
+
+}  // namespace
