@@ -42,15 +42,11 @@ class Int8NodePerturbation(NodePerturbation):
         x = x.flatten(1, -2)
         sums = int_matmul(x[0], linear.weight.T)
         out = sums.new_empty(draw.blocks, len(x) - 1, *sums.shape)
-        if kernels.available(x):
-            sizes = (*out.shape, x.shape[-1], draw.units)
-            kernels.call("split", x.contiguous(), linear.weight.T.contiguous(), sums, *sizes, out)
-        else:
-            blocks = pad(x, draw.units).unflatten(-1, (draw.blocks, draw.units)).movedim(-2, 0)
-            columns = pad(linear.weight, draw.units).T.split(draw.units)
-            for block, column, members in zip(blocks, columns, out, strict=True):
-                products = int_matmul(block.flatten(0, 1), column).view(len(x), *sums.shape)
-                torch.add(sums - products[0], products[1:], out=members)
+        blocks = pad(x, draw.units).unflatten(-1, (draw.blocks, draw.units)).movedim(-2, 0)
+        columns = pad(linear.weight, draw.units).T.split(draw.units)
+        for block, column, members in zip(blocks, columns, out, strict=True):
+            products = int_matmul(block.flatten(0, 1), column).view(len(x), *sums.shape)
+            torch.add(sums - products[0], products[1:], out=members)
         return linear.rescale(out).view(-1, *shape, layer.outputs)
 
     def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
