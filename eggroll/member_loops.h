@@ -6,14 +6,16 @@
 // An Arithmetic has:
 //   Number, Vector              what layers write, of 4 bytes, and LANES of them
 //   UNITS                       units of a layer whose inputs to the next one share a Vector
-//   score(y, C, b)              scores of the outputs y (C, PAIR) of the vector of examples at b
-//   hidden(sums, l), last(sum)  what follows from UNITS sums, or a sum, of the later layer l
 //   active(units), less(x, y)   inputs of UNITS units of the perturbed layer, and their difference
 //   multiply_add(sum, x, w)     sum + inputs x times weights w of UNITS units
+//   hidden(sums, l)             inputs of UNITS units of the later layer l
+//   last(sum, l)                an output of the last layer
+//   score(y, C, b)              scores of the outputs y (C, PAIR) of the vector of examples at b
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -71,6 +73,45 @@ inline void transpose(Vector* rows) {
   }
 }
 
+// ---- layers ----
+
+// y = what follows from start (N, padded) + w (count, O) x (count, TILE), of N outputs of layer l
+template <int N, bool HIDDEN, class Arithmetic, class Vector, class Number>
+inline void product(const Arithmetic& arithmetic, int64_t l, const Vector* x, int64_t count, const Number* w,
+                    int64_t O, const Number* start, int64_t padded, Vector* y) {
+  constexpr int UNITS = HIDDEN ? Arithmetic::UNITS : 1;
+  Vector sums[N][PAIR];
+  for (int i = 0; i < N; i++)
+    for (int v = 0; v < PAIR; v++) sums[i][v] = load(start + i * padded + v * LANES);
+  for (int64_t g = 0; g < count; g++, x += PAIR, w += O)
+    for (int i = 0; i < N; i++)
+      for (int v = 0; v < PAIR; v++) sums[i][v] = arithmetic.multiply_add(sums[i][v], x[v], w[i]);
+  for (int i = 0; i < N; i += UNITS)
+    for (int v = 0; v < PAIR; v++) {
+      Vector units[UNITS] = {};
+      for (int u = 0; u < std::min(UNITS, N - i); u++) units[u] = sums[i + u][v];
+      if constexpr (HIDDEN) *y++ = arithmetic.hidden(units, l);
+      else *y++ = arithmetic.last(units[0], l);
+    }
+}
+
+template <bool HIDDEN, class Arithmetic, class Vector, class Number>
+void layer(const Arithmetic& arithmetic, int64_t l, const Vector* x, int64_t count, const Number* w, int64_t O,
+           const Number* start, int64_t padded, Vector* y) {
+  int64_t o = 0;
+  const auto next = [&](auto outputs) {
+    constexpr int N = decltype(outputs)::value;
+    Vector* to = y + o / (HIDDEN ? Arithmetic::UNITS : 1) * PAIR;
+    product<N, HIDDEN>(arithmetic, l, x, count, w + o, O, start + o * padded, padded, to);
+    o += N;
+  };
+  while (o + ROWS <= O) next(std::integral_constant<int, ROWS>());
+  while (o + 2 <= O) next(std::integral_constant<int, 2>());
+  while (o < O) next(std::integral_constant<int, 1>());
+}
+
+// ---- members ----
+
 // Members that move one block of a layer's outputs each, and scores (n, K, B)
 template <class Number>
 struct Members {
@@ -91,39 +132,6 @@ class MemberLoops {
   const Members<Number> m;
 
   static int64_t vectors(int64_t units) { return (units + UNITS - 1) / UNITS; }
-
-  // y = what follows from start (N, padded) + w (count, stride) x (count, TILE)
-  template <int N, bool HIDDEN>
-  inline void product(int64_t l, const Vector* x, int64_t count, const Number* w, const Number* start,
-                      Vector* y) const {
-    constexpr int TOGETHER = HIDDEN ? UNITS : 1;
-    const int64_t stride = m.sizes[l], padded = m.padded;
-    Vector sums[N][PAIR];
-    for (int i = 0; i < N; i++)
-      for (int v = 0; v < PAIR; v++) sums[i][v] = load(start + i * padded + v * LANES);
-    for (int64_t g = 0; g < count; g++, x += PAIR, w += stride)
-      for (int i = 0; i < N; i++)
-        for (int v = 0; v < PAIR; v++) sums[i][v] = arithmetic.multiply_add(sums[i][v], x[v], w[i]);
-    for (int i = 0; i < N; i += TOGETHER)
-      for (int v = 0; v < PAIR; v++) {
-        Vector units[TOGETHER] = {};
-        for (int u = 0; u < std::min(TOGETHER, N - i); u++) units[u] = sums[i + u][v];
-        if constexpr (HIDDEN) *y++ = arithmetic.hidden(units, l);
-        else *y++ = arithmetic.last(units[0]);
-      }
-  }
-
-  template <bool HIDDEN>
-  void layer(int64_t l, const Vector* x, int64_t count, const Number* w, const Number* start, Vector* y) const {
-    constexpr int TOGETHER = HIDDEN ? UNITS : 1;
-    const int64_t O = m.sizes[l];
-    int64_t o = 0;
-    for (; o + ROWS <= O; o += ROWS)
-      product<ROWS, HIDDEN>(l, x, count, w + o, start + o * m.padded, y + o / TOGETHER * PAIR);
-    for (; o + 2 <= O; o += 2)
-      product<2, HIDDEN>(l, x, count, w + o, start + o * m.padded, y + o / TOGETHER * PAIR);
-    for (; o < O; o++) product<1, HIDDEN>(l, x, count, w + o, start + o * m.padded, y + o / TOGETHER * PAIR);
-  }
 
   // How far the inputs of the next layer moved from `before` (or the outputs, of the last), by examples x (, U)
   template <bool HIDDEN>
@@ -162,9 +170,10 @@ class MemberLoops {
   const Vector* outputs(int64_t first, int64_t k, const Vector* x, Vector* here, Vector* there) const {
     int64_t count = vectors(std::min(m.G, m.U - k * m.G));
     for (int64_t l = 0; l < m.later; l++) {
-      const auto run = l + 1 < m.later ? &MemberLoops::layer<true> : &MemberLoops::layer<false>;
+      const auto run = l + 1 < m.later ? layer<true, Arithmetic, Vector, Number>
+                                       : layer<false, Arithmetic, Vector, Number>;
       const Number* w = m.weights[l] + (l ? 0 : k * m.G / UNITS * m.sizes[l]);
-      (this->*run)(l, x, count, w, m.starts[l] + first, here);
+      run(arithmetic, l, x, count, w, m.sizes[l], m.starts[l] + first, m.padded, here);
       x = here, count = vectors(m.sizes[l]);
       std::swap(here, there);
     }

@@ -90,7 +90,7 @@ struct FloatArithmetic {
   static Floats active(const Floats* units) { return activation(units[0]); }
   static Floats less(Floats x, Floats y) { return x - y; }
   static Floats hidden(const Floats* sums, int64_t) { return activation(sums[0]); }
-  static Floats last(Floats sum) { return sum; }
+  static Floats last(Floats sum, int64_t) { return sum; }
 
   Floats score(const Floats* y, int64_t C, int64_t b) const {
     const float* target = by.target + b;

@@ -24,7 +24,10 @@ inline T shifted(T x, int bits) {
 
 // by value: references, as std::clamp takes them, keep loops from being vectorized
 template <class T>
-inline T clamped(T x, T most) { return x > most ? most : x < -most ? -most : x; }
+inline T clamped(T x, T most) {
+  x = x > most ? most : x;
+  return x < -most ? -most : x;
+}
 
 // sum + x y of the two int16 in each int32
 inline Ints multiply_pairs(Ints sum, Ints x, Ints y) {
@@ -100,14 +103,18 @@ inline Ints linear(const Ints* x, int32_t C, const Score& by, int64_t b) {
 }
 
 // A Vector of inputs has two units: the low and the high int16 of each int32
-struct Int8Arithmetic {
+struct Products {
+  static constexpr int UNITS = 2;
+  static Ints multiply_add(Ints sum, Ints x, int32_t w) { return multiply_pairs(sum, x, Ints{} + w); }
+  static Ints last(Ints sum, int64_t) { return sum; }
+};
+
+struct Int8Arithmetic : Products {
   using Number = int32_t;
   using Vector = Ints;
-  static constexpr int UNITS = 2;
   const Score by;
-  const int64_t *bits, later;  // bits that sums of a later layer are shifted down by, or up below 0
+  const int64_t* bits;  // bits that sums of a later layer are shifted down by, or up below 0
 
-  static Ints multiply_add(Ints sum, Ints x, int32_t w) { return multiply_pairs(sum, x, Ints{} + w); }
   static Ints less(Ints x, Ints y) { return Ints(Shorts(x) - Shorts(y)); }
   static Ints active(const Ints* units) {
     return activation(shifted(units[0], ACTIVE_BITS), shifted(units[1], ACTIVE_BITS));
@@ -118,8 +125,8 @@ struct Int8Arithmetic {
     const int32_t half = (1 << down >> 1) + (first > 0 ? 1 << (first - 1) : 0);
     return activation((sums[0] + half) >> down, (sums[1] + half) >> down);
   }
-  Ints last(Ints sum) const {
-    const int down = int(bits[later - 1]);
+  Ints last(Ints sum, int64_t l) const {
+    const int down = int(bits[l]);
     return down < 0 ? sum << -down : shifted(sum, down);
   }
   Ints score(const Ints* x, int64_t C, int64_t b) const {
@@ -127,6 +134,19 @@ struct Int8Arithmetic {
     return of(x, int32_t(C), by, b);
   }
 };
+
+// Sums (O) of weights (n, K, stride) of one example, within +-most, times rows (n, O)
+inline void sum_of_moves(const int32_t* weights, const int32_t* rows, int64_t n, int64_t K, int64_t stride, int64_t O,
+                         int64_t G, int32_t most, int32_t* sums) {
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t o = k * G, end = std::min(O, o + G); o < end; o += LANES) {
+      const int64_t width = std::min<int64_t>(LANES, end - o);
+      Ints sum = {};
+      for (int64_t j = 0; j < n; j++)
+        sum += clamped(weights[(j * K + k) * stride], most) * load(rows + j * O + o, width);
+      std::memcpy(sums + o, &sum, 4 * width);
+    }
+}
 
 }  // namespace
 
@@ -144,7 +164,7 @@ void members(int64_t threads, const int32_t* moved, const int32_t* still, int64_
              int64_t smoothing, const int32_t* logarithms, int32_t* out) {
   const Members<int32_t> all{threads, n, B, padded, U, G, later, moved, still, weights, starts, sizes, out};
   const Score by{kind, smoothing, target, padded, unperturbed, logarithms};
-  MemberLoops<Int8Arithmetic>({by, bits, later}, all).run();
+  MemberLoops<Int8Arithmetic>({{}, by, bits}, all).run();
 }
 
 // network.activation
@@ -173,20 +193,36 @@ void follow(int64_t threads, const int32_t* __restrict direction, int64_t count,
   }
 }
 
-// node_perturbation.deltas: weights (n, K, B), rows (n, O), signs (B, O), to (B, O)
-void deltas(int64_t threads, const int32_t* weights, const int32_t* rows, const int32_t* signs, int64_t n,
-            int64_t K, int64_t B, int64_t O, int64_t G, int64_t factor, int64_t bits, int64_t most, int32_t* out) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t b = 0; b < B; b++) {
-    int32_t* sums = out + b * O;
-    std::fill_n(sums, O, 0);
-    for (int64_t j = 0; j < n; j++)
-      for (int64_t k = 0; k < K; k++) {
-        const int32_t change = clamped(weights[(j * K + k) * B + b], int32_t(most));
-        for (int64_t o = k * G; o < std::min(O, (k + 1) * G); o++) sums[o] += change * rows[j * O + o];
+// node_perturbation.call_gradient (O, I) of weights (n, K, B), rows (n, O), signs (B, O) and inputs (B, I)
+void gradient(int64_t threads, const int32_t* weights, const int32_t* rows, const int32_t* signs,
+              const int8_t* inputs, int64_t n, int64_t K, int64_t B, int64_t O, int64_t I, int64_t G,
+              int64_t factor, int64_t bits, int64_t most, int32_t* out) {
+  const int64_t pairs = (B + 1) / 2;
+  std::vector<int32_t> deltas(pairs * O), zeros(TILE);  // pairs of examples
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int32_t> sums(O);
+    std::vector<Ints> x(pairs * PAIR), y(O * PAIR);
+#pragma omp for
+    for (int64_t pair = 0; pair < pairs; pair++)
+      for (int64_t b = 2 * pair; b < std::min(B, 2 * pair + 2); b++) {
+        sum_of_moves(weights + b, rows, n, K, B, O, G, int32_t(most), sums.data());
+        for (int64_t o = 0; o < O; o++) {
+          const int64_t delta = clamped(shifted(sums[o] * signs[b * O + o] * factor, int(bits)), most);
+          deltas[pair * O + o] |= b % 2 ? int32_t(delta) << 16 : int32_t(delta) & 0xffff;
+        }
       }
-    for (int64_t o = 0; o < O; o++)
-      sums[o] = int32_t(clamped(shifted(sums[o] * signs[b * O + o] * factor, bits), most));
+#pragma omp for
+    for (int64_t first = 0; first < I; first += TILE) {
+      const int64_t width = std::min<int64_t>(TILE, I - first);
+      for (int64_t b = 0; b < B; b++) {
+        int32_t* to = reinterpret_cast<int32_t*>(&x[b / 2 * PAIR]);
+        const int8_t* row = inputs + b * I + first;
+        for (int64_t i = 0; i < width; i++) to[i] = b % 2 ? (to[i] & 0xffff) | row[i] << 16 : row[i] & 0xffff;
+      }
+      layer<false>(Products(), 0, x.data(), pairs, deltas.data(), O, zeros.data(), 0, y.data());
+      for (int64_t o = 0; o < O; o++) std::memcpy(out + o * I + first, &y[o * PAIR], 4 * width);
+    }
   }
 }
 

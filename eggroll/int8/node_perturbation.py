@@ -53,26 +53,37 @@ class Int8NodePerturbation(NodePerturbation):
         """Ascent direction (O, I), int32, from weights (n, K, B)."""
         gradients = []
         for position, call in layer.calls.items():
-            rows, size = noise.rows[position], int(noise.size[position])
-            delta = deltas(weights, rows, noise.signs[position], size, self.block_units(layer))
-            gradients.append(wide_matmul(delta.flatten(0, -2).T, call.x[0].flatten(0, -2)))
+            rows, signs = noise.rows[position], noise.signs[position]
+            factor = round(2 ** (DELTA_BITS + FACTOR_BITS) / (len(rows) * int(noise.size[position])))
+            parts = (weights, rows, signs, call.x[0], self.block_units(layer), factor)
+            fast = kernels.available(weights) and rows.dim() == 2
+            gradients.append(fast_gradient(*parts) if fast else call_gradient(*parts))
         return reduce(torch.add, gradients)
 
 
-def deltas(weights: Tensor, rows: Tensor, signs: Tensor, size: int, units: int) -> Tensor:
-    """Return derivatives of scores in a call's outputs, int32 (B, ..., O), within +-WIDE_MAX.
+def fast_gradient(
+    weights: Tensor, rows: Tensor, signs: Tensor, x: Tensor, units: int, factor: int
+) -> Tensor:
+    """Return what `call_gradient` does, for x (B, I)."""
+    sizes = (*weights.shape, signs.shape[-1], x.shape[-1], units)
+    out = weights.new_empty(signs.shape[-1], x.shape[-1])
+    parts = (weights.contiguous(), rows.contiguous(), signs, x.contiguous())
+    kernels.call("gradient", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
+    return out
 
-    weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32; size of a move, units G.
+
+def call_gradient(
+    weights: Tensor, rows: Tensor, signs: Tensor, x: Tensor, units: int, factor: int
+) -> Tensor:
+    """Return a call's share of the ascent direction, (O, I).
+
+    That is x (B, ..., I) times the derivatives of scores in the outputs, within +-WIDE_MAX.
+    weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32. A block has G units.
     """
-    factor = round(2 ** (DELTA_BITS + FACTOR_BITS) / (len(rows) * size))
-    if kernels.available(weights) and rows.dim() == 2:
-        out, sizes = torch.empty_like(signs), (*weights.shape, signs.shape[-1], units)
-        parts = (weights.contiguous(), rows.contiguous(), signs)
-        kernels.call("deltas", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
-        return out
     rows = pad(rows, units).unflatten(-1, (-1, units)).unsqueeze(-1)  # (n, ..., K, G, 1)
     sums = weights.new_zeros(*rows.shape[1:-1], len(signs))
     for change, row in zip(clip(weights, WIDE_MAX).unsqueeze(2), rows, strict=True):
         sums.addcmul_(change, row)
     sums = sums.movedim(-1, 0).flatten(-2)[..., : signs.shape[-1]] * signs
-    return clip(rounded_shift(sums.long() * factor, FACTOR_BITS), WIDE_MAX).int()
+    delta = clip(rounded_shift(sums.long() * factor, FACTOR_BITS), WIDE_MAX).int()
+    return wide_matmul(delta.flatten(0, -2).T, x.flatten(0, -2))
