@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from eggroll.evolution import Evolution
-from eggroll.int8.fitness import Int8Accuracy, Int8Fitness
-from eggroll.int8.loops import Int8Loops, find
+from eggroll.int8.arithmetic import kernels
+from eggroll.int8.fitness import Int8Accuracy, Int8CrossEntropy, Int8Fitness, Int8Smoothing
+from eggroll.int8.loops import Int8Loops
+from eggroll.int8.network import Int8MLP
 from eggroll.mlp_loops import ACCURACY, CROSS_ENTROPY, Score
+
+SCORES = (Int8CrossEntropy, Int8Accuracy, Int8Smoothing)  # that the loops compute
 
 
 class Int8Evolution(Evolution):
@@ -21,8 +25,14 @@ class Int8Evolution(Evolution):
         parameter.ascent = direction  # type: ignore
 
     def _find_loops(self) -> Int8Loops | None:
-        units = min(draw.units for draw in self.draws)
-        return find(self.network, self.layers, self.calls, self.fitness, self.smoothing, units)
+        """Return the loops for an Int8MLP with inputs (B, I), and blocks of two units or more."""
+        covered = type(self.network) is Int8MLP and type(self.smoothing or self.fitness) in SCORES
+        once = [call.layer for call in self.calls] == list(range(len(self.layers)))
+        pairs = all(draw.units > 1 for draw in self.draws)
+        y = self.calls[0].y
+        if covered and once and pairs and y.dim() == 3 and kernels.available(y):
+            return Int8Loops(self.layers, self.fitness)
+        return None
 
     def _score(self, labels: Any) -> Score:
         if self.smoothing:

@@ -10,8 +10,8 @@ namespace {
 
 // as in network.py and fitness.py
 constexpr int SCALE_BITS = 4, FRACTION_BITS = 12, POWER_BITS = 15, CUBIC[] = {22810, 7358, 2600};
-constexpr int SMOOTHING_BITS = 8, LINEAR_BITS = 4 + 6;
-constexpr int ACTIVE_BITS = FRACTION_BITS - SCALE_BITS;  // from products to activations
+constexpr int SMOOTHING_BITS = 8, DIRECTION_BITS = 4, NOISE_BITS = 6;
+constexpr int ACTIVE_BITS = FRACTION_BITS - SCALE_BITS;  // from outputs of a layer to activations
 
 typedef int16_t Shorts __attribute__((vector_size(4 * LANES)));
 
@@ -55,7 +55,10 @@ struct Score {
   int64_t kind, smoothing;  // kind 0: cross-entropy, 1: accuracy, 2: linear
   const int32_t* target;    // (C, padded): 1 where the label is, or a direction
   int64_t padded;
-  const int32_t *unperturbed, *logarithms;  // logits (C, padded) from which the direction leads
+  const int32_t* unperturbed;  // logits (C, padded) that the direction starts at
+  const int32_t* logarithms;
+
+  Ints target_of(int64_t c, int64_t b) const { return load(target + c * padded + b); }
 };
 
 // x / C, rounded down, for |x| < 2^23
@@ -75,7 +78,7 @@ inline Ints cross_entropy(const Ints* x, int32_t C, const Score& by, int64_t b) 
     const Ints power = ((inner + CUBIC[0]) * f >> FRACTION_BITS) + (1 << POWER_BITS);
     const Ints whole = -(below >> FRACTION_BITS);
     excess += power >> (whole > 31 ? Ints{} + 31 : whole);
-    chosen = load(by.target + c * by.padded + b) != 0 ? y : chosen;
+    chosen = by.target_of(c, b) != 0 ? y : chosen;
     sum += y;
   }
   if (by.smoothing) chosen += divided(int32_t(by.smoothing) * (sum - C * chosen) >> SMOOTHING_BITS, C);
@@ -86,10 +89,10 @@ inline Ints cross_entropy(const Ints* x, int32_t C, const Score& by, int64_t b) 
 
 // fitness.Int8Accuracy: the first of the largest logits counts
 inline Ints accuracy(const Ints* x, int32_t C, const Score& by, int64_t b) {
-  Ints top = x[0], hit = load(by.target + b);
+  Ints top = x[0], hit = by.target_of(0, b);
   for (int32_t c = 1; c < C; c++) {
     const Ints larger = x[c * PAIR] > top;
-    hit = larger ? load(by.target + c * by.padded + b) : hit;
+    hit = larger ? by.target_of(c, b) : hit;
     top = larger ? x[c * PAIR] : top;
   }
   return hit << FRACTION_BITS;
@@ -98,8 +101,9 @@ inline Ints accuracy(const Ints* x, int32_t C, const Score& by, int64_t b) {
 // fitness.Int8Smoothing.score of how far the logits moved
 inline Ints linear(const Ints* x, int32_t C, const Score& by, int64_t b) {
   Ints total = {};
-  for (int32_t c = 0; c < C; c++) total += (x[c * PAIR] - load(by.unperturbed + c * by.padded + b)) * load(by.target + c * by.padded + b);
-  return shifted(total, LINEAR_BITS);
+  for (int32_t c = 0; c < C; c++)
+    total += (x[c * PAIR] - load(by.unperturbed + c * by.padded + b)) * by.target_of(c, b);
+  return shifted(total, DIRECTION_BITS + NOISE_BITS);
 }
 
 // A Vector of inputs has two units: the low and the high int16 of each int32
@@ -109,6 +113,7 @@ struct Products {
   static Ints last(Ints sum, int64_t) { return sum; }
 };
 
+// of MemberLoops
 struct Int8Arithmetic : Products {
   using Number = int32_t;
   using Vector = Ints;
@@ -135,9 +140,9 @@ struct Int8Arithmetic : Products {
   }
 };
 
-// Sums (O) of weights (n, K, stride) of one example, within +-most, times rows (n, O)
-inline void sum_of_moves(const int32_t* weights, const int32_t* rows, int64_t n, int64_t K, int64_t stride, int64_t O,
-                         int64_t G, int32_t most, int32_t* sums) {
+// Sums (O) of one example's weights (n, K, stride), within +-most, times rows (n, O)
+inline void sum_of_rows(const int32_t* weights, const int32_t* rows, int64_t n, int64_t K, int64_t stride, int64_t O,
+                        int64_t G, int32_t most, int32_t* sums) {
   for (int64_t k = 0; k < K; k++)
     for (int64_t o = k * G, end = std::min(O, o + G); o < end; o += LANES) {
       const int64_t width = std::min<int64_t>(LANES, end - o);
@@ -146,6 +151,15 @@ inline void sum_of_moves(const int32_t* weights, const int32_t* rows, int64_t n,
         sum += clamped(weights[(j * K + k) * stride], most) * load(rows + j * O + o, width);
       std::memcpy(sums + o, &sum, 4 * width);
     }
+}
+
+// Pairs (TILE) of the int16 of one or two rows, of which `width` are there
+inline void pair_rows(const int8_t* first, const int8_t* second, int64_t width, Ints* pairs) {
+  int32_t both[TILE] = {};
+  for (int64_t i = 0; i < width; i++) both[i] = first[i] & 0xffff;
+  if (second)
+    for (int64_t i = 0; i < width; i++) both[i] |= second[i] << 16;
+  std::memcpy(pairs, both, sizeof both);
 }
 
 }  // namespace
@@ -168,14 +182,12 @@ void members(int64_t threads, const int32_t* moved, const int32_t* still, int64_
 }
 
 // network.activation
-void activate(int64_t threads, const int32_t* __restrict x, int64_t count, int64_t fraction_bits,
-              int64_t scale_bits, int8_t* __restrict out) {
-  const int shift = int(fraction_bits - scale_bits), gate_bits = int(scale_bits + 2);
-  const int32_t two = 2 << scale_bits, half = 1 << (shift - 1), gate_half = 1 << (gate_bits - 1);
+void activate(int64_t threads, const int32_t* __restrict x, int64_t count, int8_t* __restrict out) {
+  constexpr int two = 2 << SCALE_BITS;
 #pragma omp parallel for simd num_threads(threads)
   for (int64_t i = 0; i < count; i++) {
-    const int32_t y = clamped((x[i] + half) >> shift, 127);
-    out[i] = int8_t((y * (clamped(y, two) + two) + gate_half) >> gate_bits);
+    const int y = clamped(shifted(x[i], ACTIVE_BITS), 127);
+    out[i] = int8_t(shifted(y * (clamped(y, two) + two), SCALE_BITS + 2));
   }
 }
 
@@ -206,7 +218,7 @@ void gradient(int64_t threads, const int32_t* weights, const int32_t* rows, cons
 #pragma omp for
     for (int64_t pair = 0; pair < pairs; pair++)
       for (int64_t b = 2 * pair; b < std::min(B, 2 * pair + 2); b++) {
-        sum_of_moves(weights + b, rows, n, K, B, O, G, int32_t(most), sums.data());
+        sum_of_rows(weights + b, rows, n, K, B, O, G, int32_t(most), sums.data());
         for (int64_t o = 0; o < O; o++) {
           const int64_t delta = clamped(shifted(sums[o] * signs[b * O + o] * factor, int(bits)), most);
           deltas[pair * O + o] |= b % 2 ? int32_t(delta) << 16 : int32_t(delta) & 0xffff;
@@ -215,10 +227,9 @@ void gradient(int64_t threads, const int32_t* weights, const int32_t* rows, cons
 #pragma omp for
     for (int64_t first = 0; first < I; first += TILE) {
       const int64_t width = std::min<int64_t>(TILE, I - first);
-      for (int64_t b = 0; b < B; b++) {
-        int32_t* to = reinterpret_cast<int32_t*>(&x[b / 2 * PAIR]);
+      for (int64_t b = 0; b < B; b += 2) {
         const int8_t* row = inputs + b * I + first;
-        for (int64_t i = 0; i < width; i++) to[i] = b % 2 ? (to[i] & 0xffff) | row[i] << 16 : row[i] & 0xffff;
+        pair_rows(row, b + 1 < B ? row + I : nullptr, width, &x[b / 2 * PAIR]);
       }
       layer<false>(Products(), 0, x.data(), pairs, deltas.data(), O, zeros.data(), 0, y.data());
       for (int64_t o = 0; o < O; o++) std::memcpy(out + o * I + first, &y[o * PAIR], 4 * width);

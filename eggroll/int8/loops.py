@@ -4,19 +4,18 @@ Shapes: n directions, P members, B examples, I / O inputs / outputs, C classes.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eggroll.blocks import Call, Draw, Layer, pad
 from eggroll.fitness import Fitness
 from eggroll.int8.arithmetic import int_matmul, kernels
-from eggroll.int8.fitness import Int8Accuracy, Int8CrossEntropy, Int8Smoothing, logarithms
-from eggroll.int8.network import Int8MLP
+from eggroll.int8.fitness import Int8CrossEntropy, logarithms
+from eggroll.int8.network import Int8Linear
 from eggroll.mlp_loops import MlpLoops, Score
-from eggroll.smoothing import Smoothing
 
 
 class Int8Loops(MlpLoops):
-    """MlpLoops of int8 layers. `begin` takes the label's place, 1 and zeros, as target."""
+    """MlpLoops of int8 layers. The target is 1 at the label and 0 elsewhere, or a direction."""
 
     def __init__(self, layers: list[Layer], fitness: Fitness):
         self.layers, self.tile = layers, kernels.library.tile() if kernels.library else 1
@@ -27,14 +26,13 @@ class Int8Loops(MlpLoops):
         """Lay out a step's weights, and unperturbed outputs and sums, (O, padded examples)."""
         weights = [layer.module.weight for layer in self.layers[1:]]
         self.weights = [_pairs(weight) for weight in weights]
-        inputs = [call.x[0].T for call in calls[1:]]
-        self.sums = [self._padded(int_matmul(*both)) for both in zip(weights, inputs, strict=True)]
+        self.sums = [self._padded(_sums(self.layers[call.layer], call)) for call in calls[1:]]
         self.zeros = [torch.zeros_like(sums) for sums in self.sums]
         self.kind, self.target = score.kind, self._padded(score.target.T)
         nothing = torch.zeros_like(self.target)
         self.still = [*(self._padded(call.y[0].T) for call in calls[:-1]), nothing]
-        moves_from = score.unperturbed
-        self.unperturbed = nothing if moves_from is None else self._padded(moves_from.T)
+        start = score.unperturbed
+        self.unperturbed = nothing if start is None else self._padded(start.T)
         self.logarithms = logarithms(len(self.target), self.target.device)
 
     def scores(self, draw: Draw, moved: Tensor) -> Tensor:
@@ -44,33 +42,21 @@ class Int8Loops(MlpLoops):
         starts = self.sums[first : first + 1] + self.zeros[first + 1 :]
         out = moved.new_empty(n, draw.blocks, examples)
         sizes = (n, examples, still.shape[1], units, draw.units, len(weights))
-        layers = ([x.data_ptr() for x in weights], [x.data_ptr() for x in starts])
+        addresses = [[x.data_ptr() for x in part] for part in (weights, starts)]
         outputs = [x.shape[1] for x in weights]
-        parts = (*map(torch.tensor, (*layers, outputs)), self.bits[first + 1 :])
+        parts = (*map(torch.tensor, (*addresses, outputs)), self.bits[first + 1 :])
         score = (self.kind, self.target, self.unperturbed, self.smoothing, self.logarithms)
         kernels.call("members", moved, still, *sizes, *parts, *score, out)
         return out.flatten(0, 1)
 
 
-def find(
-    network: nn.Module,
-    layers: list[Layer],
-    calls: list[Call],
-    fitness: Fitness,
-    smoothing: Smoothing | None,
-    units: int,
-) -> Int8Loops | None:
-    """Return the loops where they cover the network, the fitness and the units of a block.
-
-    That is an Int8MLP with inputs (B, I), Int8CrossEntropy, Int8Accuracy or Int8Smoothing, and
-    blocks of more than one unit.
-    """
-    scores = fitness if smoothing is None else smoothing
-    covered = type(scores) in (Int8CrossEntropy, Int8Accuracy, Int8Smoothing) and units > 1
-    in_order = [call.layer for call in calls] == list(range(len(layers)))
-    if covered and type(network) is Int8MLP and in_order and calls[0].y.dim() == 3:
-        return Int8Loops(layers, fitness) if kernels.available(calls[0].y) else None
-    return None
+def _sums(layer: Layer, call: Call) -> Tensor:
+    """Return a layer's unperturbed sums (O, B), before they were rescaled."""
+    linear = layer.module
+    assert isinstance(linear, Int8Linear)
+    if linear.bits > 0:  # they were rounded
+        return int_matmul(linear.weight, call.x[0].T)
+    return call.y[0].T >> -linear.bits
 
 
 def _pairs(weight: Tensor) -> Tensor:

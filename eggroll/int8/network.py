@@ -70,7 +70,7 @@ def activation(x: Tensor) -> Tensor:
     if kernels.available(x):
         x = x.contiguous()
         out = torch.empty_like(x, dtype=torch.int8)
-        kernels.call("activate", x, x.numel(), FRACTION_BITS, SCALE_BITS, out)
+        kernels.call("activate", x, x.numel(), out)
         return out
     x = clip(rounded_shift(x, FRACTION_BITS - SCALE_BITS))
     gate = (x + 2 * INT8_SCALE).clamp(0, 4 * INT8_SCALE)

@@ -51,35 +51,29 @@ class Int8NodePerturbation(NodePerturbation):
 
     def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
         """Ascent direction (O, I), int32, from weights (n, K, B)."""
-        gradients = []
+        gradients, units = [], self.block_units(layer)
         for position, call in layer.calls.items():
-            rows, signs = noise.rows[position], noise.signs[position]
-            factor = round(2 ** (DELTA_BITS + FACTOR_BITS) / (len(rows) * int(noise.size[position])))
-            parts = (weights, rows, signs, call.x[0], self.block_units(layer), factor)
-            fast = kernels.available(weights) and rows.dim() == 2
-            gradients.append(fast_gradient(*parts) if fast else call_gradient(*parts))
+            rows, size = noise.rows[position], int(noise.size[position])
+            parts = (weights, rows, noise.signs[position], call.x[0])
+            gradients.append(call_gradient(*parts, size, units))
         return reduce(torch.add, gradients)
 
 
-def fast_gradient(
-    weights: Tensor, rows: Tensor, signs: Tensor, x: Tensor, units: int, factor: int
-) -> Tensor:
-    """Return what `call_gradient` does, for x (B, I)."""
-    sizes = (*weights.shape, signs.shape[-1], x.shape[-1], units)
-    out = weights.new_empty(signs.shape[-1], x.shape[-1])
-    parts = (weights.contiguous(), rows.contiguous(), signs, x.contiguous())
-    kernels.call("gradient", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
-    return out
-
-
 def call_gradient(
-    weights: Tensor, rows: Tensor, signs: Tensor, x: Tensor, units: int, factor: int
+    weights: Tensor, rows: Tensor, signs: Tensor, x: Tensor, size: int, units: int
 ) -> Tensor:
     """Return a call's share of the ascent direction, (O, I).
 
     That is x (B, ..., I) times the derivatives of scores in the outputs, within +-WIDE_MAX.
-    weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32. A block has G units.
+    weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32; size of a move, units G.
     """
+    factor = round(2 ** (DELTA_BITS + FACTOR_BITS) / (len(rows) * size))
+    if kernels.available(weights) and rows.dim() == 2:
+        sizes = (*weights.shape, signs.shape[-1], x.shape[-1], units)
+        out = weights.new_empty(signs.shape[-1], x.shape[-1])
+        parts = (weights.contiguous(), rows.contiguous(), signs, x.contiguous())
+        kernels.call("gradient", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
+        return out
     rows = pad(rows, units).unflatten(-1, (-1, units)).unsqueeze(-1)  # (n, ..., K, G, 1)
     sums = weights.new_zeros(*rows.shape[1:-1], len(signs))
     for change, row in zip(clip(weights, WIDE_MAX).unsqueeze(2), rows, strict=True):
