@@ -22,7 +22,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 8;  // numbers of a vector, and outputs whose sums stay in registers
+constexpr int LANES = 16, ROWS = 10;  // numbers of a vector, and outputs whose sums stay in registers
 #elif defined(__AVX__)
 constexpr int LANES = 8, ROWS = 6;
 #else

@@ -4,7 +4,7 @@ Shapes: n directions, P members, B examples, I / O inputs / outputs, C classes.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eggroll.blocks import Call, Draw, Layer, pad
 from eggroll.fitness import Fitness
@@ -26,14 +26,23 @@ class Int8Loops(MlpLoops):
         """Lay out a step's weights, and unperturbed outputs and sums, (O, padded examples)."""
         weights = [layer.module.weight for layer in self.layers[1:]]
         self.weights = [_pairs(weight) for weight in weights]
-        self.sums = [self._padded(_sums(self.layers[call.layer], call)) for call in calls[1:]]
+        outputs = [self._padded(call.y[0].T) for call in calls]
+        both = zip(self.layers[1:], calls[1:], outputs[1:], strict=True)
+        self.sums = [self._sums(layer.module, call.x[0], y) for layer, call, y in both]
         self.zeros = [torch.zeros_like(sums) for sums in self.sums]
         self.kind, self.target = score.kind, self._padded(score.target.T)
         nothing = torch.zeros_like(self.target)
-        self.still = [*(self._padded(call.y[0].T) for call in calls[:-1]), nothing]
+        self.still = [*outputs[:-1], nothing]
         start = score.unperturbed
         self.unperturbed = nothing if start is None else self._padded(start.T)
         self.logarithms = logarithms(len(self.target), self.target.device)
+
+    def _sums(self, linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        """Return the sums that were rescaled to outputs y, (O, padded examples)."""
+        assert isinstance(linear, Int8Linear)
+        if linear.bits > 0:  # they were rounded
+            return self._padded(int_matmul(linear.weight, x.T))
+        return y >> -linear.bits
 
     def scores(self, draw: Draw, moved: Tensor) -> Tensor:
         """Return scores (P, B), by direction, of what the perturbed layer wrote, (n, B, O)."""
@@ -48,15 +57,6 @@ class Int8Loops(MlpLoops):
         score = (self.kind, self.target, self.unperturbed, self.smoothing, self.logarithms)
         kernels.call("members", moved, still, *sizes, *parts, *score, out)
         return out.flatten(0, 1)
-
-
-def _sums(layer: Layer, call: Call) -> Tensor:
-    """Return a layer's unperturbed sums (O, B), before they were rescaled."""
-    linear = layer.module
-    assert isinstance(linear, Int8Linear)
-    if linear.bits > 0:  # they were rounded
-        return int_matmul(linear.weight, call.x[0].T)
-    return call.y[0].T >> -linear.bits
 
 
 def _pairs(weight: Tensor) -> Tensor:
