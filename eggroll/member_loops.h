@@ -116,9 +116,10 @@ void layer(const Arithmetic& arithmetic, int64_t l, const Vector* x, int64_t cou
 template <class Number>
 struct Members {
   int64_t threads, n, B, padded, U, G, later;
-  const Number *moved, *still;            // (n, B, U), and (U, padded)
-  const Number *const *weights, *const *starts;  // of each later layer: (I / UNITS, O), and (O, padded)
-  const int64_t* sizes;                   // O of each later layer
+  const Number *moved, *still;  // (n, B, U), and (U, padded)
+  // of each later layer: (I / UNITS, O), (O, padded), and O
+  const Number *const *weights, *const *starts;
+  const int64_t* sizes;
   Number* out;
 };
 
@@ -180,33 +181,37 @@ class MemberLoops {
     return x;
   }
 
+  // Scores of all blocks of direction j, on the tile at example `first`
+  void direction(int64_t first, int64_t j, const Number* before, Vector* memory) const {
+    const int64_t K = (m.U + m.G - 1) / m.G, C = m.later ? m.sizes[m.later - 1] : m.U;
+    Vector *const here = memory + m.U * PAIR, *const there = here + widest() * PAIR;
+    const auto move = m.later ? &MemberLoops::moves<true> : &MemberLoops::moves<false>;
+    (this->*move)(m.moved + (j * m.B + first) * m.U, m.B - first, before + first, memory);
+    for (int64_t k = 0; k < K; k++) {
+      const int64_t at = m.later ? k * m.G / UNITS : k * m.G;
+      const Vector* y = outputs(first, k, memory + at * PAIR, here, there);
+      for (int64_t b = first; b < std::min(first + TILE, m.B); b += LANES, y++) {
+        const Vector f = arithmetic.score(y, C, b);
+        Number* to = m.out + (j * K + k) * m.B + b;
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, m.B - b); i++) to[i] = f[i];
+      }
+    }
+  }
+
+  int64_t widest() const { return m.later ? *std::max_element(m.sizes, m.sizes + m.later) : 0; }
+
  public:
   MemberLoops(const Arithmetic& arithmetic, const Members<Number>& members) : arithmetic(arithmetic), m(members) {}
 
   void run() const {
-    const int64_t K = (m.U + m.G - 1) / m.G, C = m.later ? m.sizes[m.later - 1] : m.U;
-    const int64_t widest = m.later ? *std::max_element(m.sizes, m.sizes + m.later) : 0;
     const std::vector<Number> inputs = m.later ? unperturbed() : std::vector<Number>();
     const Number* before = m.later ? inputs.data() : m.still;
 #pragma omp parallel num_threads(m.threads)
     {
-      std::vector<Vector> memory((m.U + 2 * widest) * PAIR);
-      Vector *const moved_units = memory.data(), *here = moved_units + m.U * PAIR, *there = here + widest * PAIR;
+      std::vector<Vector> memory((m.U + 2 * widest()) * PAIR);
 #pragma omp for collapse(2)
       for (int64_t first = 0; first < m.padded; first += TILE)
-        for (int64_t j = 0; j < m.n; j++) {
-          const auto move = m.later ? &MemberLoops::moves<true> : &MemberLoops::moves<false>;
-          (this->*move)(m.moved + (j * m.B + first) * m.U, m.B - first, before + first, moved_units);
-          for (int64_t k = 0; k < K; k++) {
-            const int64_t at = m.later ? k * m.G / UNITS : k * m.G;
-            const Vector* y = outputs(first, k, moved_units + at * PAIR, here, there);
-            for (int64_t b = first; b < std::min(first + TILE, m.B); b += LANES, y++) {
-              const Vector f = arithmetic.score(y, C, b);
-              Number* to = m.out + (j * K + k) * m.B + b;
-              for (int64_t i = 0; i < std::min<int64_t>(LANES, m.B - b); i++) to[i] = f[i];
-            }
-          }
-        }
+        for (int64_t j = 0; j < m.n; j++) direction(first, j, before, memory.data());
     }
   }
 };
