@@ -289,11 +289,12 @@ class Evolution:
             raise PopulationError("the network never calls an nn.Linear that is trainable")
         self.draws = self.estimator.draws(evolving)
         if isinstance(self.estimator, Blocks) and len(evolving) == len(self.layers):
-            smoothed = self.smoothing is not None
-            self._loops = find(
-                self.network, self.layers, self.calls, self.fitness, smoothed=smoothed
-            )
+            self._loops = self._find_loops()
         self._warn_of_fixed(list(evolving.values()))
+
+    def _find_loops(self) -> MlpLoops | None:
+        smoothed = self.smoothing is not None
+        return find(self.network, self.layers, self.calls, self.fitness, smoothed=smoothed)
 
     def _route(self, layer: Layer, inputs: Tensor) -> None:
         """Find where members of a layer split off, and whether they need inputs of their own."""

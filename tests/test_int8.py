@@ -2,6 +2,7 @@
 
 import io
 import math
+import platform
 import warnings
 
 import pytest
@@ -24,6 +25,7 @@ from eggroll.int8 import (
     arithmetic,
 )
 from eggroll.int8.arithmetic import kernels
+from eggroll.int8.loops import Int8Loops
 from eggroll.int8.network import activation
 from eggroll.int8.node_perturbation import DELTA_BITS
 from eggroll.int8.optimizer import RESIDUAL_BITS, follow
@@ -63,15 +65,16 @@ class Trainer:
         sizes=(21, 20, 5),
         lr=0.05,
         network=Int8MLP,
+        examples=40,
     ):
         self.floats = MLP(*sizes, seed=1)
         self.network, generator = network(self.floats), torch.Generator().manual_seed(3)
-        inputs = INT8_SCALE * torch.randn(40, sizes[0], generator=generator)
+        inputs = INT8_SCALE * torch.randn(examples, sizes[0], generator=generator)
         self.inputs = inputs.round().clamp(-127, 127).to(torch.int8)
-        self.labels = torch.randint(0, sizes[2], (40,), generator=generator)
+        self.labels = torch.randint(0, sizes[2], (examples,), generator=generator)
         fitness = fitness or Int8CrossEntropy()
         self.evolution = Int8Evolution(self.network, fitness, estimator, 0, smoothing)
-        self.optimizer = Int8SGD(self.network, lr=lr, examples=40)
+        self.optimizer = Int8SGD(self.network, lr=lr, examples=examples)
 
     def estimate(self):
         """Return the scores of a step; ascent directions are in the weights."""
@@ -223,21 +226,56 @@ def test_the_estimate_is_the_gradient_on_average(network, estimator, cosine, nor
         assert estimate.norm() / weight.grad.norm() == pytest.approx(1, abs=norm)
 
 
-@pytest.mark.parametrize("sizes", [(21, 40, 7), (30, 200, 3), (784, 256, 10)])
+@pytest.mark.parametrize(
+    ("sizes", "examples"),
+    [((21, 40, 7), 88), ((30, 200, 3), 96), ((784, 256, 10), 128), ((5, 530, 9), 5)],
+)
 @pytest.mark.parametrize(
     "options",
     [
         {"estimator": Int8NodePerturbation((32, 64, 3), sigma=2**-6)},
         {"estimator": Int8NodePerturbation((8, 40, 4), sigma=0.7, antithetic=True), "lr": 50.0},
         {"estimator": Int8NodePerturbation(24, units=512), **SMOOTHED_ACCURACY},
+        {"estimator": Int8NodePerturbation(90, units=2), "fitness": Int8Accuracy()},
+        {"estimator": Int8NodePerturbation(90, units=1), "fitness": Int8CrossEntropy(0.1)},
         {"fitness": Int8CrossEntropy(0.1), "network": Repeated},
     ],
 )
-def test_kernels_compute_the_same_bits_as_torch(sizes, options, monkeypatch):
-    first = Trainer(sizes=sizes, **options).train(3)
+def test_kernels_compute_the_same_bits_as_torch(sizes, examples, options, monkeypatch):
+    first = Trainer(sizes=sizes, examples=examples, **options).train(3)
     assert kernels.library is not None
     monkeypatch.setattr(kernels, "library", None)
-    assert same_bits(first, Trainer(sizes=sizes, **options).train(3))
+    assert same_bits(first, Trainer(sizes=sizes, examples=examples, **options).train(3))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other names of architectures")
+@pytest.mark.parametrize("architecture", ["x86-64", "haswell"])
+def test_kernels_compute_the_same_bits_on_older_processors(architecture, monkeypatch):
+    options = [{"fitness": Int8CrossEntropy(0.1)}, {"fitness": Int8Accuracy()}, SMOOTHED_ACCURACY]
+    first = [Trainer(**given).train(2) for given in options]
+    flags = [f"-march={architecture}" if "march" in flag else flag for flag in compiled.FLAGS]
+    monkeypatch.setattr(compiled, "FLAGS", flags)
+    monkeypatch.delitem(vars(kernels), "library")
+    assert all(
+        same_bits(x, Trainer(**given).train(2)) for x, given in zip(first, options, strict=True)
+    )
+    assert kernels.library is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({}, True),
+        ({"fitness": Int8Accuracy()}, True),
+        (SMOOTHED_ACCURACY, True),
+        ({"network": Repeated}, False),
+        ({"estimator": Int8NodePerturbation(24, units=1)}, False),
+    ],
+)
+def test_loops_score_the_members_that_they_cover(options, fused):
+    run = Trainer(**options)
+    run.estimate()
+    assert isinstance(run.evolution._loops, Int8Loops) == fused
 
 
 def test_no_bit_depends_on_threads_or_chunks(monkeypatch):
@@ -252,7 +290,7 @@ def test_no_bit_depends_on_threads_or_chunks(monkeypatch):
 def test_without_a_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
     monkeypatch.delitem(vars(kernels), "library")
-    with pytest.warns(UserWarning, match="no C.. compiler: apt install g.*three times as slowly"):
+    with pytest.warns(UserWarning, match="no C.. compiler: apt install g.*ten times as slowly"):
         slow = Trainer().train(1)
     with warnings.catch_warnings(action="error"):  # a second line
         Trainer().train(1)

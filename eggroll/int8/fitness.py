@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eggroll.fitness import Fitness
-from eggroll.int8.arithmetic import INT8_MAX, kernels, rounded_division, rounded_shift
+from eggroll.int8.arithmetic import INT8_MAX, rounded_division, rounded_shift
 from eggroll.int8.network import FRACTION_BITS, Int8MLP
 from eggroll.smoothing import EPSILON, Smoothing
 
@@ -48,13 +48,6 @@ class Int8CrossEntropy:
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         classes, device = logits.shape[-1], logits.device
-        logarithms = _logarithms(classes, device)
-        if kernels.available(logits):
-            out = logits.new_empty(logits.shape[:-1])
-            tensors = (logits.contiguous(), labels.long().contiguous(), logarithms)
-            constants = (self.smoothing, SMOOTHING_PARTS, FRACTION_BITS, POWER_BITS, *CUBIC)
-            kernels.call("log_likelihood", *tensors, *logits.shape, *constants, out)
-            return out
         # classes first: vector units then work along examples, of which there are many
         logits = logits.movedim(-1, 0).contiguous()
         top = logits.amax(0)
@@ -62,7 +55,7 @@ class Int8CrossEntropy:
         whole = (-(below >> FRACTION_BITS)).clamp(max=31)
         terms = power_of_two(below & (UNIT - 1)) >> whole
         excess = terms.sum(0, dtype=torch.int32) - (1 << POWER_BITS)
-        total = logarithms[excess >> (POWER_BITS - FRACTION_BITS)] + top
+        total = logarithms(classes, device)[excess >> (POWER_BITS - FRACTION_BITS)] + top
         chosen = logits.gather(0, labels.expand(top.shape).unsqueeze(0)).squeeze(0)
         if self.smoothing:
             others = logits.sum(0, dtype=torch.int32) - classes * chosen
@@ -117,7 +110,7 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _logarithms(classes: int, device: torch.device) -> Tensor:
+def logarithms(classes: int, device: torch.device) -> Tensor:
     """Return log2(1 + i / UNIT) in units of 1 / UNIT, up to log2(classes)."""
     table = [round(math.log2(1 + i / UNIT) * UNIT) for i in range((classes - 1) * UNIT + 2)]
     return torch.tensor(table, dtype=torch.int32, device=device)

@@ -23,6 +23,7 @@ class Int8Linear(nn.Linear):
         if layer.bias is not None:
             raise ValueError("int8 layers have no bias: build the network with bias=False")
         self.divisor_bits = round(math.log2(layer.in_features) / 2)
+        self.bits = self.divisor_bits + 2 * SCALE_BITS - FRACTION_BITS  # that sums have too many
         self.scale = 1 / (INT8_SCALE << self.divisor_bits)
         stored = clip((layer.weight.detach() / self.scale).round()).to(torch.int8)
         self.weight = nn.Parameter(stored, requires_grad=False)
@@ -37,8 +38,7 @@ class Int8Linear(nn.Linear):
 
         They come in units of 1 / (INT8_SCALE^2 * divisor). Nothing overflows below 8,000 inputs.
         """
-        bits = self.divisor_bits + 2 * SCALE_BITS - FRACTION_BITS
-        return rounded_shift(sums, bits) if bits >= 0 else sums << -bits
+        return rounded_shift(sums, self.bits) if self.bits >= 0 else sums << -self.bits
 
 
 class Int8MLP(nn.Module):
@@ -70,7 +70,7 @@ def activation(x: Tensor) -> Tensor:
     if kernels.available(x):
         x = x.contiguous()
         out = torch.empty_like(x, dtype=torch.int8)
-        kernels.call("activate", x, x.numel(), FRACTION_BITS, SCALE_BITS, out)
+        kernels.call("activate", x, x.numel(), out)
         return out
     x = clip(rounded_shift(x, FRACTION_BITS - SCALE_BITS))
     gate = (x + 2 * INT8_SCALE).clamp(0, 4 * INT8_SCALE)

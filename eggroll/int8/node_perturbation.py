@@ -42,41 +42,42 @@ class Int8NodePerturbation(NodePerturbation):
         x = x.flatten(1, -2)
         sums = int_matmul(x[0], linear.weight.T)
         out = sums.new_empty(draw.blocks, len(x) - 1, *sums.shape)
-        if kernels.available(x):
-            sizes = (*out.shape, x.shape[-1], draw.units)
-            kernels.call("split", x.contiguous(), linear.weight.T.contiguous(), sums, *sizes, out)
-        else:
-            blocks = pad(x, draw.units).unflatten(-1, (draw.blocks, draw.units)).movedim(-2, 0)
-            columns = pad(linear.weight, draw.units).T.split(draw.units)
-            for block, column, members in zip(blocks, columns, out, strict=True):
-                products = int_matmul(block.flatten(0, 1), column).view(len(x), *sums.shape)
-                torch.add(sums - products[0], products[1:], out=members)
+        blocks = pad(x, draw.units).unflatten(-1, (draw.blocks, draw.units)).movedim(-2, 0)
+        columns = pad(linear.weight, draw.units).T.split(draw.units)
+        for block, column, members in zip(blocks, columns, out, strict=True):
+            products = int_matmul(block.flatten(0, 1), column).view(len(x), *sums.shape)
+            torch.add(sums - products[0], products[1:], out=members)
         return linear.rescale(out).view(-1, *shape, layer.outputs)
 
     def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
         """Ascent direction (O, I), int32, from weights (n, K, B)."""
-        gradients = []
+        gradients, units = [], self.block_units(layer)
         for position, call in layer.calls.items():
             rows, size = noise.rows[position], int(noise.size[position])
-            delta = deltas(weights, rows, noise.signs[position], size, self.block_units(layer))
-            gradients.append(wide_matmul(delta.flatten(0, -2).T, call.x[0].flatten(0, -2)))
+            parts = (weights, rows, noise.signs[position], call.x[0])
+            gradients.append(call_gradient(*parts, size, units))
         return reduce(torch.add, gradients)
 
 
-def deltas(weights: Tensor, rows: Tensor, signs: Tensor, size: int, units: int) -> Tensor:
-    """Return derivatives of scores in a call's outputs, int32 (B, ..., O), within +-WIDE_MAX.
+def call_gradient(
+    weights: Tensor, rows: Tensor, signs: Tensor, x: Tensor, size: int, units: int
+) -> Tensor:
+    """Return a call's share of the ascent direction, (O, I).
 
+    That is x (B, ..., I) times the derivatives of scores in the outputs, within +-WIDE_MAX.
     weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32; size of a move, units G.
     """
     factor = round(2 ** (DELTA_BITS + FACTOR_BITS) / (len(rows) * size))
     if kernels.available(weights) and rows.dim() == 2:
-        out, sizes = torch.empty_like(signs), (*weights.shape, signs.shape[-1], units)
-        parts = (weights.contiguous(), rows.contiguous(), signs)
-        kernels.call("deltas", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
+        sizes = (*weights.shape, signs.shape[-1], x.shape[-1], units)
+        out = weights.new_empty(signs.shape[-1], x.shape[-1])
+        parts = (weights.contiguous(), rows.contiguous(), signs, x.contiguous())
+        kernels.call("gradient", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
         return out
     rows = pad(rows, units).unflatten(-1, (-1, units)).unsqueeze(-1)  # (n, ..., K, G, 1)
     sums = weights.new_zeros(*rows.shape[1:-1], len(signs))
     for change, row in zip(clip(weights, WIDE_MAX).unsqueeze(2), rows, strict=True):
         sums.addcmul_(change, row)
     sums = sums.movedim(-1, 0).flatten(-2)[..., : signs.shape[-1]] * signs
-    return clip(rounded_shift(sums.long() * factor, FACTOR_BITS), WIDE_MAX).int()
+    delta = clip(rounded_shift(sums.long() * factor, FACTOR_BITS), WIDE_MAX).int()
+    return wide_matmul(delta.flatten(0, -2).T, x.flatten(0, -2))
