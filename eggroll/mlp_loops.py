@@ -55,7 +55,7 @@ class MlpLoops:
 
     def begin(self, calls: list[Call], score: Score) -> None:
         """Lay out a step's weights and unperturbed outputs, (O, padded examples)."""
-        self.weights = [layer.module.weight.T.contiguous() for layer in self.layers]
+        self.weights = [layer.module.weight.T.contiguous() for layer in self.layers[1:]]
         self.sums = [self._padded(call.y[0].T) for call in calls]
         biases = [layer.module.bias for layer in self.layers]
         self.biases = [
@@ -74,8 +74,8 @@ class MlpLoops:
         """Return scores (P, B), by direction, of what the perturbed layer wrote, (n, B, O)."""
         assert moved.dtype == torch.float32, "the network's dtype has changed"
         first, (n, examples, units) = draw.first_call, moved.shape
-        weights, starts = self.weights[first + 1 :], self.sums[first + 1 : first + 2]
-        starts += self.biases[first + 2 :]
+        weights = self.weights[first:]  # of the later layers
+        starts = self.sums[first + 1 : first + 2] + self.biases[first + 2 :]
         still = self.sums[first] if weights else self.subtracted
         out = moved.new_empty(n, draw.blocks, examples)
         sizes = (n, examples, still.shape[1], units, draw.units, len(weights))

@@ -7,6 +7,7 @@ Shapes: n directions, K blocks, G units of a block, B examples, I / O inputs / o
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -87,13 +88,17 @@ class NodePerturbation(Blocks):
 
     def gradient(self, noise: Moves, weights: Tensor, layer: Layer) -> Tensor:
         """Ascent direction of [W, bias], (O, I): the sum over examples of delta x^T, over B."""
-        n, blocks, examples = weights.shape
-        total = weights.new_zeros(layer.outputs, layer.inputs)
+        parts = []
         for position, call in layer.calls.items():
-            rows = pad(noise.rows[position], self.block_units(layer)).unflatten(-1, (blocks, -1))
-            delta = torch.einsum("nkb,n...kg->b...kg", weights, rows / n).flatten(-2)
-            # on average the derivative in the outputs; a batch of blanks has size 0 and delta 0
-            size = noise.size[position].clamp_min(torch.finfo(delta.dtype).tiny)
-            delta = delta[..., : layer.outputs] * noise.signs[position] / size
-            total += delta.flatten(0, -2).T @ layer.with_one(call.x[0]).flatten(0, -2)
-        return total / examples
+            delta = self.delta(noise, weights, layer, position) / weights.shape[-1]
+            parts.append(delta.flatten(0, -2).T @ layer.with_one(call.x[0]).flatten(0, -2))
+        return reduce(torch.add, parts)
+
+    def delta(self, noise: Moves, weights: Tensor, layer: Layer, position: int) -> Tensor:
+        """Return on average the derivative of each example's score in the output, (B, ..., O)."""
+        rows = pad(noise.rows[position], self.block_units(layer))
+        rows = rows.unflatten(-1, (weights.shape[1], -1)) / len(weights)
+        delta = torch.einsum("nkb,n...kg->b...kg", weights, rows).flatten(-2)
+        # a batch of blanks has size 0 and delta 0
+        size = noise.size[position].clamp_min(torch.finfo(delta.dtype).tiny)
+        return delta[..., : layer.outputs] * noise.signs[position] / size
