@@ -37,6 +37,7 @@ def main() -> None:
         activation=config.activation,
         bias=config.bias,
         seed=config.seed,
+        init_scale=config.init_scale,
     ).to(device)
     optimizer = make_optimizer(network, config)
     schedule = make_schedule(optimizer, config, config.epochs * data.steps(config.batch_size))

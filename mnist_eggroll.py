@@ -54,8 +54,15 @@ class Config(FloatConfig):
 step_like = partial(NodePerturbation, sigma=0.045, units=256, antithetic=True)
 node = partial(Config, lr=0.1, schedule="onecycle", label_smoothing=0.1)
 PRESETS = {
+    # Small initial weights keep every class within reach of members that are scored by accuracy
     "eggroll": Config(
-        BlockLowRank((4096, 4096, 128)), lr=0.003, weight_decay=0.03, schedule="linear", epochs=5
+        BlockLowRank((4096, 4096, 128)),
+        lr=0.0025,
+        weight_decay=0.03,
+        label_smoothing=0.1,
+        schedule="linear",
+        init_scale=0.3,
+        epochs=8,
     ),
     "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
     "node-perturbation": node(NodePerturbation(), epochs=6),
@@ -105,6 +112,7 @@ def main() -> None:
         activation=config.activation,
         bias=config.bias,
         seed=config.seed,
+        init_scale=config.init_scale,
     ).to(device)
     evolution = Evolution(network, fitness, config.es, config.seed, smoothing)
     evolution.inspect(next(data.batches(0, config.seed, config.batch_size))[0])

@@ -51,6 +51,7 @@ class MLP(nn.Module):
     seed        of the initial weights: He's normal (fan-in); biases are 0. They are drawn on the
                 CPU from a generator of their own, so that a seed gives the same network on every
                 device
+    init_scale  factor on the initial weights
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class MLP(nn.Module):
         activation: str = "gelu",
         bias: bool = False,
         seed: int = 0,
+        init_scale: float = 1.0,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -74,6 +76,8 @@ class MLP(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            with torch.no_grad():
+                layer.weight.mul_(init_scale)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         self.layers = nn.ModuleList(layers)

@@ -1,4 +1,4 @@
-"""EGGROLL with low-rank perturbations of 16 units: one direction serves many members.
+"""EGGROLL with low-rank perturbations of a few units: one direction serves many members.
 
 A member perturbs the W of one layer by sigma E, E = A B^T / sqrt(R), where A is zero but for one
 block of units, and has one score for the whole batch. A has random signs, B is Gaussian.
@@ -32,7 +32,7 @@ class BlockLowRank(Blocks):
     """Scale of a perturbation, in the weights' units."""
     rank: int = 1
     """Rank R of a perturbation."""
-    units: int = 16
+    units: int = 8
     """Units of a layer that a member perturbs."""
     shaping: Shaping = z_score
     """Function of the scores of a layer's members; `identity` gives the gradient itself."""

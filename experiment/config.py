@@ -71,6 +71,8 @@ class FloatConfig(Config):
     """The last four have a gradient of zero; argmax-k: 1 for the largest quarter of the units."""
     bias: bool = False
     """Add a bias to every layer."""
+    init_scale: float = 1.0
+    """Factor on the initial weights."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer from torch.optim."""
     weight_decay: float = 0.0
@@ -84,7 +86,7 @@ THIS_CALL_ONLY = ("out_dir", "resume", "overwrite", "quiet")  # not saved in con
 FREE_ON_RESUME = ("data_dir", "device", "init_from")  # may differ when a run is resumed
 
 LIMITS = (  # relation, how a message writes it, limit of each flag
-    (operator.gt, ">", {"lr": 0}),
+    (operator.gt, ">", {"lr": 0, "init_scale": 0}),
     (operator.ge, ">=", dict.fromkeys(("epochs", "batch_size", "hidden_dim", "eval_every"), 1)),
     (operator.ge, ">=", {"threads": 1, "seed": 0, "momentum": 0, "weight_decay": 0}),
     (operator.ge, ">=", {"label_smoothing": 0}),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = ["tests/test_estimators.py", "tests/test_evolution.py", "tests/test_fitness.py"]
 RUNS = ["tests/test_run.py", "tests/test_data.py"]
 INT8 = ["tests/test_int8.py"]
+LOOPS = ["tests/test_mlp_loops.py"]
 
 MUTATIONS = {  # file, what stands there, what replaces it, tests
     "sign of the update": (
@@ -32,14 +33,14 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
     ),
     "missing 1 / n of node perturbation": (
         "eggroll/node_perturbation.py",
-        "weights, rows / n)",
-        "weights, rows)",
+        "(weights.shape[1], -1)) / len(weights)",
+        "(weights.shape[1], -1))",
         CORE,
     ),
     "missing 1 / B": (
         "eggroll/node_perturbation.py",
-        "return total / examples",
-        "return total",
+        "layer, position) / weights.shape[-1]",
+        "layer, position)",
         CORE,
     ),
     "missing 1 / sqrt(R)": (
@@ -185,6 +186,24 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
         "(x + (1 << bits >> 1)) >> bits",
         "x >> bits",
         INT8,
+    ),
+    "remembered sums left out of a member's next layer": (
+        "eggroll/member_loops.h",
+        "sums[i][v] = load(start + i * padded + v * LANES);",
+        "sums[i][v] = Vector{};",
+        LOOPS,
+    ),
+    "smoothed scores with the unperturbed outputs in them": (
+        "eggroll/mlp_loops.py",
+        "self.subtracted = self._padded(score.unperturbed.T)",
+        "pass",
+        LOOPS,
+    ),
+    "hooks that a trace hides": (
+        "eggroll/mlp_loops.py",
+        "if any(map(_is_patched, network.modules())):",
+        "if False:",
+        LOOPS,
     ),
 }
 

@@ -9,6 +9,7 @@ from runs import SMALL, assert_one_line, read_csv, read_json
 
 import mnist_eggroll
 from eggroll import NodePerturbation
+from model import MLP
 
 SCRIPT = "mnist_eggroll.py"
 
@@ -135,6 +136,12 @@ def test_the_loop_is_in_sight_and_the_scripts_differ_by_their_method():
     assert places[0] < 65 and places[1] < 125
     loops = [{line.strip() for line in lines[-25:]} for lines in texts]
     assert {"optimizer.step()", "schedule.step()", "run.log_epoch()"} <= loops[0] & loops[1]
+
+
+def test_a_seed_gives_the_same_initial_weights_at_every_scale():
+    small, usual = MLP(seed=3, init_scale=0.5), MLP(seed=3)
+    for half, whole in zip(small.parameters(), usual.parameters(), strict=True):
+        assert torch.equal(2 * half, whole)
 
 
 def test_presets_are_objects_whose_estimators_are_the_librarys():
