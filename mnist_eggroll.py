@@ -53,17 +53,10 @@ class Config(FloatConfig):
 # Step-like units need large antithetic perturbations of all units to change at all
 step_like = partial(NodePerturbation, sigma=0.045, units=256, antithetic=True)
 node = partial(Config, lr=0.1, schedule="onecycle", label_smoothing=0.1)
+# Small initial weights keep every class in reach of members that are scored by accuracy
+block = partial(Config, init_scale=0.3, weight_decay=0.02, label_smoothing=0.1, schedule="linear")
 PRESETS = {
-    # Small initial weights keep every class within reach of members that are scored by accuracy
-    "eggroll": Config(
-        BlockLowRank((4096, 4096, 128)),
-        lr=0.0025,
-        weight_decay=0.03,
-        label_smoothing=0.1,
-        schedule="linear",
-        init_scale=0.3,
-        epochs=8,
-    ),
+    "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=0.004, epochs=5),
     "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
     "node-perturbation": node(NodePerturbation(), epochs=6),
     "sign": node(step_like((192, 192, 16)), activation="sign"),
@@ -89,16 +82,20 @@ def make_fitness(config: Config) -> tuple[Callable, Smoothing | None]:
 
 
 def scaled_lr(config: Config, usual: Config, population: int) -> float:
-    """Return the learning rate for a population: --lr, or the preset's, scaled by its population.
+    """Return --lr, or the preset's learning rate scaled by the population and the epochs.
 
-    Fewer members make a noisier estimate, which needs smaller steps (results/LOG.md).
+    Fewer members make a noisier estimate, and over more steps its noise adds up: both need smaller
+    steps (docs/method.md).
     """
     if config.lr != usual.lr:
         return config.lr
     counts = usual.es.population
     ratio = population / (sum(counts) if isinstance(counts, tuple) else counts)
-    scale = min(1.0, ratio) if isinstance(config.es, NodePerturbation) else ratio**0.4
-    return config.lr * scale if abs(ratio - 1) > 0.05 else config.lr
+    if isinstance(config.es, NodePerturbation):
+        scale = min(1.0, ratio)
+    else:
+        scale = (ratio * usual.epochs / config.epochs) ** 0.4
+    return config.lr * scale if abs(scale - 1) > 0.02 else config.lr
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def test_every_preset_trains(preset, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "population", "printed"),
     [
-        ("eggroll --population 37", 33, "population 33 (16 + 16 + 1 by layer)"),
+        ("eggroll --population 65", 65, "population 65 (32 + 32 + 1 by layer)"),
         ("eggroll --population 96 32 8", 136, "population 136 (96 + 32 + 8 by layer)"),
         ("eggroll-dense --population 37", 36, "population 36,"),
         ("node-perturbation --population 1000", 528, "population 528 (256 + 256 + 16 by layer)"),
@@ -48,19 +48,20 @@ def test_the_population_that_is_used_is_printed(flags, population, printed, tmp_
 
 
 @pytest.mark.parametrize(
-    ("preset", "population", "typed", "expected"),
+    ("preset", "population", "flags", "expected"),
     [
-        ("node-perturbation", 120, None, 0.05),
-        ("node-perturbation", 528, None, 0.1),
-        ("node-perturbation", 120, 0.07, 0.07),
-        ("eggroll-dense", 208, None, 0.015 * 0.25**0.4),
+        ("node-perturbation", 120, {}, 0.05),
+        ("node-perturbation", 528, {"epochs": 3}, 0.1),
+        ("node-perturbation", 120, {"lr": 0.07}, 0.07),
+        ("eggroll-dense", 208, {}, 0.015 * 0.25**0.4),
+        ("eggroll", 16_640, {"epochs": 10}, 0.004 * 0.5**0.4),
     ],
 )
-def test_the_learning_rate_follows_the_population_unless_it_is_typed(
-    preset, population, typed, expected
+def test_the_learning_rate_follows_population_and_epochs_unless_it_is_typed(
+    preset, population, flags, expected
 ):
     usual = mnist_eggroll.PRESETS[preset]
-    config = mnist_eggroll.replace(usual, lr=typed or usual.lr)
+    config = mnist_eggroll.replace(usual, **flags)
     assert mnist_eggroll.scaled_lr(config, usual, population) == pytest.approx(expected)
 
 
