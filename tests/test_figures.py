@@ -86,9 +86,9 @@ def test_the_three_estimators_are_those_of_the_presets_and_do_what_is_written():
         assert estimator == mnist_eggroll.PRESETS[preset].es
         measured[preset] = estimators.measure(preset)
     dense, blocks, nodes = measured.values()
-    assert [m.members for m in (dense, blocks, nodes)] == [2, 16, 16]
+    assert [m.members for m in (dense, blocks, nodes)] == [2, 32, 16]
     assert [m.scores.dim() for m in (dense, blocks, nodes)] == [1, 1, 2]
-    assert blocks.changes == "16 × 784 weights" and nodes.changes == "16 outputs"  # noqa: RUF001
+    assert blocks.changes == "8 × 784 weights" and nodes.changes == "16 outputs"  # noqa: RUF001
     expected = (1 + 268_801 / (dense.population / 2)) ** -0.5  # of Gaussian noise, in pairs
     assert dense.changes == "268,800 weights" and dense.cosine == pytest.approx(expected, abs=0.015)
     assert dense.cosine < blocks.cosine < nodes.cosine
@@ -104,4 +104,4 @@ def test_the_plotted_costs_are_those_of_a_layer():
     assert why_low_rank.multiply_adds(outputs, inputs, rank, examples) == counted
     assert why_low_rank.noise(outputs, inputs, rank) == a.numel() + b.numel()
     assert why_low_rank.noise(outputs, inputs, None) == (a.mT @ b).numel()
-    assert why_low_rank.in_blocks(why_low_rank.noise, 256) == 512 / 16
+    assert why_low_rank.in_blocks(why_low_rank.noise, 256) == 512 / 32

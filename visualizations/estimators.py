@@ -28,7 +28,7 @@ from visualizations.canvas import GREY, HEADING, arrow, box, caption, heatmap, s
 BATCH, SEED = 128, 0
 PRESETS = {  # those of mnist_eggroll.py
     "eggroll-dense": LowRank(832),
-    "eggroll": BlockLowRank((4096, 4096, 128)),
+    "eggroll": BlockLowRank((8192, 8192, 256)),
     "node-perturbation": NodePerturbation(),
 }
 LAYERS = ((8, 10), (8, 8), (4, 8))  # outputs and inputs of the small MLP

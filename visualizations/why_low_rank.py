@@ -107,7 +107,7 @@ def _draw_ratios(axes: Axes, cost: Cost) -> None:
 
 def _set_axes(axes: Axes) -> None:
     axes.set_xlabel("width of a square layer, O = I", fontsize=BODY, labelpad=8)
-    axes.set(xlim=(WIDTHS[0], 10 * WIDTHS[-1]), ylim=(10, 1e9))  # room for the names of the lines
+    axes.set(xlim=(WIDTHS[0], 10 * WIDTHS[-1]), ylim=(1, 1e9))  # room for the names of the lines
     axes.set_xticks(WIDTHS[::2], [f"{width:,}" for width in WIDTHS[::2]])
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
