@@ -56,7 +56,7 @@ node = partial(Config, lr=0.1, schedule="onecycle", label_smoothing=0.1)
 # Small initial weights keep every class in reach of members that are scored by accuracy
 block = partial(Config, init_scale=0.3, weight_decay=0.02, label_smoothing=0.1, schedule="linear")
 PRESETS = {
-    "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=0.004, epochs=5),
+    "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=0.005, epochs=5),
     "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
     "node-perturbation": node(NodePerturbation(), epochs=6),
     "sign": node(step_like((192, 192, 16)), activation="sign"),
@@ -94,7 +94,7 @@ def scaled_lr(config: Config, usual: Config, population: int) -> float:
     if isinstance(config.es, NodePerturbation):
         scale = min(1.0, ratio)
     else:
-        scale = (ratio * usual.epochs / config.epochs) ** 0.4
+        scale = ratio**0.5 * (usual.epochs / config.epochs) ** 0.3
     return config.lr * scale if abs(scale - 1) > 0.02 else config.lr
 
 

@@ -63,7 +63,12 @@ for seed in ${SEEDS:-0}; do
         run backprop+$name          mnist_backprop.py --activation $name
         run node-perturbation+$name mnist_eggroll.py $name
     done
-    run eggroll+accuracy                    mnist_eggroll.py eggroll --fitness accuracy
+    whole="mnist_eggroll.py eggroll --fitness"
+    run eggroll+accuracy                    $whole accuracy
+    run eggroll+unsmoothed-accuracy         $whole accuracy --smoothing 0
+    run eggroll+macro-F1                    $whole examples/macro_f1.py:macro_f1 --smoothing-samples 1024
+    run eggroll+sum-of-a-row                $whole examples/sum_of_a_row.py:sum_is_right
+    run eggroll+sign                        mnist_eggroll.py eggroll --activation sign --sigma 0.045
     run node-perturbation-int8+accuracy     mnist_eggroll_int8.py --fitness accuracy --lr 0.027
     node="mnist_eggroll.py node-perturbation --fitness"
     run node-perturbation+accuracy          $node accuracy

@@ -42,7 +42,7 @@ COMMANDS: dict[Method, tuple[str, ...]] = {
 }
 SETTINGS = {  # two for each method, chosen before the trials
     "backprop": ("--lr 0.1", "--lr 0.2"),
-    "eggroll": ("--lr 0.003", "--lr 0.005"),
+    "eggroll": ("--population 8192 8192 256", "--population 4096 4096 128"),
     "node-perturbation": ("--population 96 128 16 --lr 0.1", "--population 128 128 16 --lr 0.14"),
     INT8: ("--population 96 128 16 --lr 0.04", "--population 128 128 16 --lr 0.06"),
 }

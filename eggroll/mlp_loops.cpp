@@ -28,6 +28,8 @@ inline Floats log2(Floats x) {
 // NaN stays NaN
 inline Floats relu(Floats x) { return x < 0.0f ? Floats{} : x; }
 
+inline Floats sign(Floats x) { return x > 0.0f ? Floats{} + 1.0f : x < 0.0f ? Floats{} - 1.0f : x; }
+
 // relu(x) - t Phi(-t), t = |x|, where log2 Phi(-t) is nearly a polynomial: to 7e-7
 inline Floats gelu(Floats x) {
   const Floats size = x < 0.0f ? -x : x, t = size > 6.0f ? Floats{} + 6.0f : size;
@@ -112,12 +114,13 @@ int64_t tile() { return TILE; }
 // unperturbed output of the first later layer, of the others the bias.
 void members(int64_t threads, const float* moved, const float* still, int64_t n, int64_t B, int64_t padded,
              int64_t U, int64_t G, int64_t later, const float* const* weights, const float* const* starts,
-             const int64_t* sizes, int64_t uses_gelu, int64_t kind, const float* target, const float* scale,
+             const int64_t* sizes, int64_t activation, int64_t kind, const float* target, const float* scale,
              float* out) {
   const Members<float> all{threads, n, B, padded, U, G, later, moved, still, weights, starts, sizes, out};
   const Score by{kind, target, padded, *scale};
-  if (uses_gelu) MemberLoops<FloatArithmetic<gelu>>({by}, all).run();
-  else MemberLoops<FloatArithmetic<relu>>({by}, all).run();
+  if (activation == 0) MemberLoops<FloatArithmetic<gelu>>({by}, all).run();
+  else if (activation == 1) MemberLoops<FloatArithmetic<relu>>({by}, all).run();
+  else MemberLoops<FloatArithmetic<sign>>({by}, all).run();
 }
 
 }  // extern "C"

@@ -23,7 +23,8 @@ LOOPS = Loops(
     Path(__file__).with_name("mlp_loops.cpp"),
     "members are scored by torch, about 5 times as slowly",
 )
-GELU, RELU = (F.gelu, nn.GELU), (F.relu, torch.relu, nn.ReLU)
+GELU, RELU, SIGN = (F.gelu, nn.GELU), (F.relu, torch.relu, nn.ReLU), (torch.sign,)
+ACTIVATIONS = (GELU, RELU, SIGN)
 CROSS_ENTROPY, ACCURACY, LINEAR = range(3)  # kinds of score
 
 
@@ -50,7 +51,7 @@ class MlpLoops:
     """The loops for one network: `begin` at each step, then `scores` of each chunk."""
 
     def __init__(self, layers: list[Layer], activations: tuple):
-        self.layers, self.gelu = layers, activations is GELU
+        self.layers, self.activation = layers, ACTIVATIONS.index(activations)
         self.tile = LOOPS.library.tile() if LOOPS.library else 1
 
     def begin(self, calls: list[Call], score: Score) -> None:
@@ -80,7 +81,7 @@ class MlpLoops:
         out = moved.new_empty(n, draw.blocks, examples)
         sizes = (n, examples, still.shape[1], units, draw.units, len(weights))
         outputs = torch.tensor([weight.shape[1] for weight in weights])
-        parts = (_addresses(weights), _addresses(starts), outputs, self.gelu, self.kind)
+        parts = (_addresses(weights), _addresses(starts), outputs, self.activation, self.kind)
         LOOPS.call("members", moved, still, *sizes, *parts, self.target, self.scale, out)
         return out.flatten(0, 1)
 
@@ -94,8 +95,8 @@ def find(
 ) -> MlpLoops | None:
     """Return the loops where they cover the network, in evaluation mode, and the fitness.
 
-    That is float32 layers of type nn.Linear with inputs (B, I), F.gelu or F.relu or their modules
-    between them, and nothing after the last; cross_entropy and accuracy, and any smoothed fitness.
+    That is float32 layers of type nn.Linear with inputs (B, I), one of ACTIVATIONS between them,
+    and nothing after the last; cross_entropy, accuracy, and any smoothed fitness.
     """
     covered = smoothed or _unwrapped(fitness)[0] in (cross_entropy, accuracy)
     floats = all(call.y.dim() == 3 and call.y.dtype == torch.float32 for call in calls)
@@ -108,7 +109,7 @@ def find(
 
 
 def _activations(network: nn.Module, layers: int) -> tuple | None:
-    """Return GELU or RELU where the network ends in that many nn.Linear with it between them."""
+    """Return the one of ACTIVATIONS that is between the nn.Linear with which the network ends."""
     if any(map(_is_patched, network.modules())):
         return None
     try:
@@ -133,13 +134,13 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def _kind(node: Any, modules: Mapping[str, nn.Module]) -> tuple | None:
-    """Return GELU or RELU where the node is one of them."""
+    """Return the one of ACTIVATIONS that the node computes."""
     module = _module(node, modules)
     options = {"approximate": getattr(module, "approximate", "none"), **getattr(node, "kwargs", {})}
     if options["approximate"] != "none":
         return None
     called = type(module) if module else getattr(node, "target", None)
-    return next((kind for kind in (GELU, RELU) if called in kind), None)
+    return next((kind for kind in ACTIVATIONS if called in kind), None)
 
 
 def _module(node: Any, modules: Mapping[str, nn.Module]) -> nn.Module | None:

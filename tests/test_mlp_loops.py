@@ -24,7 +24,17 @@ from eggroll import (
 )
 from eggroll import evolution as evolution_module
 from eggroll.blocks import Call, Draw, Layer
-from eggroll.mlp_loops import ACCURACY, CROSS_ENTROPY, GELU, LINEAR, LOOPS, RELU, MlpLoops, Score
+from eggroll.mlp_loops import (
+    ACCURACY,
+    CROSS_ENTROPY,
+    GELU,
+    LINEAR,
+    LOOPS,
+    RELU,
+    SIGN,
+    MlpLoops,
+    Score,
+)
 from model import MLP
 
 if LOOPS.library is None:
@@ -123,7 +133,8 @@ def test_scores_are_torchs_for_blocks_of_every_size(units):
 @pytest.mark.parametrize("hidden", [(40,), (40, 37, 5)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "activation", [F.gelu, nn.GELU(), F.relu, torch.relu, nn.ReLU(), nn.ReLU(inplace=True)]
+    "activation",
+    [F.gelu, nn.GELU(), F.relu, torch.relu, nn.ReLU(), nn.ReLU(inplace=True), torch.sign],
 )
 def test_scores_are_torchs_for_every_network(hidden, bias, activation):
     assert_equal_to_rounding(make(*hidden, activation=activation, bias=bias))
@@ -191,12 +202,14 @@ def test_gelu_is_exact_to_1e_6_of_outputs_up_to_30():
     x = torch.cat([torch.linspace(-30, 30, 50_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30])])
     assert (activated(GELU, x) - F.gelu(x.double())).abs().max() < 1e-6
     assert torch.equal(activated(RELU, x), F.relu(x))
+    assert torch.equal(activated(SIGN, x), torch.sign(x))
 
 
 def test_activations_hide_no_value_that_is_not_finite():
     values = torch.tensor([float("nan"), float("inf")])
     for activation in (GELU, RELU):
         torch.testing.assert_close(activated(activation, values), values, equal_nan=True)
+    torch.testing.assert_close(activated(SIGN, values), values.sign(), equal_nan=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -425,8 +438,8 @@ def test_torch_computes_a_users_fitness_and_the_loops_once_it_is_smoothed():
 
 def test_the_loops_cover_the_experiments_network():
     assert trains(MLP(INPUTS, 32, CLASSES)) and trains(MLP(INPUTS, 32, CLASSES, bias=True))
-    assert trains(MLP(INPUTS, 32, CLASSES, activation="relu"))
-    assert not trains(MLP(INPUTS, 32, CLASSES, activation="sign"))
+    assert all(trains(MLP(INPUTS, 32, CLASSES, activation=name)) for name in ("relu", "sign"))
+    assert not trains(MLP(INPUTS, 32, CLASSES, activation="step"))
 
 
 # ---- the compiler ----

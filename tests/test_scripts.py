@@ -53,8 +53,8 @@ def test_the_population_that_is_used_is_printed(flags, population, printed, tmp_
         ("node-perturbation", 120, {}, 0.05),
         ("node-perturbation", 528, {"epochs": 3}, 0.1),
         ("node-perturbation", 120, {"lr": 0.07}, 0.07),
-        ("eggroll-dense", 208, {}, 0.015 * 0.25**0.4),
-        ("eggroll", 16_640, {"epochs": 10}, 0.004 * 0.5**0.4),
+        ("eggroll-dense", 208, {}, 0.015 * 0.25**0.5),
+        ("eggroll", 16_640, {"epochs": 10}, 0.005 * 0.5**0.3),
     ],
 )
 def test_the_learning_rate_follows_population_and_epochs_unless_it_is_typed(
