@@ -28,7 +28,7 @@ inline Floats log2(Floats x) {
 // NaN stays NaN
 inline Floats relu(Floats x) { return x < 0.0f ? Floats{} : x; }
 
-inline Floats sign(Floats x) { return x > 0.0f ? Floats{} + 1.0f : x < 0.0f ? Floats{} - 1.0f : x; }
+inline Floats sign(Floats x) { return x > 0.0f ? Floats{} + 1.0f : x < 0.0f ? Floats{} - 1.0f : Floats{}; }
 
 // relu(x) - t Phi(-t), t = |x|, where log2 Phi(-t) is nearly a polynomial: to 7e-7
 inline Floats gelu(Floats x) {

@@ -101,7 +101,7 @@ def test_a_mistyped_method_is_one_line(folder):
 def test_every_command_is_one_that_its_script_accepts(flags, folder, monkeypatch):
     calls, _ = experiments(folder, *flags, METHODS=METHODS)
     rows = rows_of(calls)
-    assert len(rows) == len(set(rows)) == (5 if flags == ("--quick",) else 21)
+    assert len(rows) == len(set(rows)) == (5 if flags == ("--quick",) else 25)
     for script, *words in calls:
         if not (ROOT / script).exists():
             continue
