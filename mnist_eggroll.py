@@ -54,7 +54,7 @@ class Config(FloatConfig):
 step_like = partial(NodePerturbation, sigma=0.045, units=256, antithetic=True)
 node = partial(Config, lr=0.1, schedule="onecycle", label_smoothing=0.1)
 # Small initial weights keep every class in reach of members that are scored by accuracy
-block = partial(Config, init_scale=0.3, weight_decay=0.02, label_smoothing=0.1, schedule="linear")
+block = partial(Config, init_scale=0.1, weight_decay=0.02, label_smoothing=0.1, schedule="linear")
 PRESETS = {
     "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=0.005, epochs=5),
     "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
