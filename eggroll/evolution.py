@@ -293,6 +293,7 @@ class Evolution:
         self._warn_of_fixed(list(evolving.values()))
 
     def _find_loops(self) -> MlpLoops | None:
+        """Return C++ loops that score the members, where they cover network and fitness."""
         smoothed = self.smoothing is not None
         return find(self.network, self.layers, self.calls, self.fitness, smoothed=smoothed)
 

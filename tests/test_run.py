@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -157,6 +158,8 @@ def test_a_resumed_run_is_bit_identical(kind, optimizer, step, tmp_path, monkeyp
 
 def in_a_fork(work):
     """Run `work` in a copy of this process; returns its id."""
+    # tqdm's own lock is shared with the copy, which may be killed while it holds it
+    tqdm.tqdm.set_lock(threading.RLock())
     child = os.fork()
     if child == 0:
         try:

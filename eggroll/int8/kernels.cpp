@@ -61,7 +61,7 @@ struct Score {
   Ints target_of(int64_t c, int64_t b) const { return load(target + c * padded + b); }
 };
 
-// x / C, rounded down, for |x| < 2^23
+// x / C, rounded down, for |x| < 2^23: vectors have no integer division, so float32's quotient is corrected
 inline Ints divided(Ints x, int32_t C) {
   Ints quotient = __builtin_convertvector(__builtin_convertvector(x, Floats) / float(C), Ints);
   quotient += quotient * C > x;  // a comparison gives -1
