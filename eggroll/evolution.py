@@ -189,9 +189,8 @@ class Evolution:
         for draw in self.draws:
             call = self.calls[draw.first_call]
             later = [self.layers[c.layer].outputs for c in self.calls[draw.first_call + 1 :]]
-            widest = max(
-                call.y.shape[-1], 0 if self._loops else draw.blocks * max(later, default=0)
-            )
+            members = 0 if self._loops else draw.blocks  # whose activations are in memory
+            widest = max(call.y.shape[-1], members * max(later, default=0))
             largest = CHUNK.get(call.y.device.type, CHUNK["cpu"])
             count = max(1, largest // (widest * call.y[..., 0].numel()))
             for first in range(0, draw.directions, count):
@@ -281,16 +280,21 @@ class Evolution:
             for layer in self.layers:
                 if layer.evolves:
                     self._route(layer, inputs)
+            evolving = self._plan()
         finally:
             for module, mode in zip(self.network.modules(), training, strict=True):
                 module.training = mode
+        self._warn_of_fixed(evolving)
+
+    def _plan(self) -> list[Layer]:
+        """Plan the draws, look for loops, and return the layers that evolve."""
         evolving = {i: layer for i, layer in enumerate(self.layers) if layer.evolves}
         if not evolving:
             raise PopulationError("the network never calls an nn.Linear that is trainable")
         self.draws = self.estimator.draws(evolving)
         if isinstance(self.estimator, Blocks) and len(evolving) == len(self.layers):
             self._loops = self._find_loops()
-        self._warn_of_fixed(list(evolving.values()))
+        return list(evolving.values())
 
     def _find_loops(self) -> MlpLoops | None:
         """Return C++ loops that score the members, where they cover network and fitness."""

@@ -376,3 +376,11 @@ def test_a_fitness_of_the_whole_batch_and_its_mean_over_examples_are_one():
     for fitness in (cross_entropy, lambda o, y: cross_entropy(o, y).mean(1)):
         found.append(Evolution(make("mlp"), fitness, BlockLowRank(40)).evaluate(*batch()))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.Sequential(nn.GELU(), nn.Dropout(0.5))])
+def test_a_network_keeps_its_training_mode(activation):
+    network = nn.Sequential(nn.Linear(7, 12), activation, nn.Linear(12, 3))
+    network[1].eval()
+    Evolution(network, cross_entropy, BlockLowRank(40)).evaluate(*batch())
+    assert network.training and network[0].training and not network[1].training
