@@ -110,6 +110,20 @@ void layer(const Arithmetic& arithmetic, int64_t l, const Vector* x, int64_t cou
   while (o < O) next(std::integral_constant<int, 1>());
 }
 
+// ---- scores ----
+
+// The target (C, padded) of the first of the largest outputs y (C, PAIR)
+template <class Vector, class Number>
+inline Vector first_of_largest(const Vector* y, int64_t C, const Number* target, int64_t padded) {
+  Vector top = y[0], hit = load(target);
+  for (int64_t c = 1; c < C; c++) {
+    const Ints larger = y[c * PAIR] > top;
+    hit = larger ? load(target + c * padded) : hit;
+    top = larger ? y[c * PAIR] : top;
+  }
+  return hit;
+}
+
 // ---- members ----
 
 // Members that move one block of a layer's outputs each, and scores (n, K, B)
@@ -217,3 +231,5 @@ class MemberLoops {
 };
 
 }  // namespace
+
+extern "C" int64_t tile() { return TILE; }

@@ -53,17 +53,6 @@ inline Floats cross_entropy(const Floats* y, int64_t C, const float* target, int
   return total - log2(sum) * 0.6931471805599453f;
 }
 
-// The target of the first of the largest outputs
-inline Floats accuracy(const Floats* y, int64_t C, const float* target, int64_t padded) {
-  Floats top = y[0], hit = load(target);
-  for (int64_t c = 1; c < C; c++) {
-    const Ints larger = y[c * PAIR] > top;
-    hit = larger ? load(target + c * padded) : hit;
-    top = larger ? y[c * PAIR] : top;
-  }
-  return hit;
-}
-
 // y times target
 inline Floats linear(const Floats* y, int64_t C, const float* target, int64_t padded) {
   Floats total = {};
@@ -97,7 +86,7 @@ struct FloatArithmetic {
   Floats score(const Floats* y, int64_t C, int64_t b) const {
     const float* target = by.target + b;
     return by.kind == 0   ? cross_entropy(y, C, target, by.padded, by.scale)
-           : by.kind == 1 ? accuracy(y, C, target, by.padded)
+           : by.kind == 1 ? first_of_largest(y, C, target, by.padded)
                           : linear(y, C, target, by.padded);
   }
 };
@@ -105,8 +94,6 @@ struct FloatArithmetic {
 }  // namespace
 
 extern "C" {
-
-int64_t tile() { return TILE; }
 
 // Scores (n, K, B) of members that move one block of a layer's outputs each. moved (n, B, U) is what the layer
 // wrote, still (U, padded) its unperturbed output; of the last layer, what is subtracted. Of each later layer:

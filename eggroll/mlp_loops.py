@@ -7,9 +7,9 @@ Shapes: n directions, K blocks, P = K n members, B examples, I / O inputs / outp
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -50,44 +50,55 @@ def score_of(fitness: Fitness, labels: Tensor, outputs: Tensor) -> Score:
 class MlpLoops:
     """The loops for one network: `begin` at each step, then `scores` of each chunk."""
 
+    loops: ClassVar[Loops] = LOOPS
+
     def __init__(self, layers: list[Layer], activations: tuple):
         self.layers, self.activation = layers, ACTIVATIONS.index(activations)
-        self.tile = LOOPS.library.tile() if LOOPS.library else 1
 
     def begin(self, calls: list[Call], score: Score) -> None:
         """Lay out a step's weights and unperturbed outputs, (O, padded examples)."""
-        self.weights = [layer.module.weight.T.contiguous() for layer in self.layers[1:]]
-        self.sums = [self._padded(call.y[0].T) for call in calls]
-        biases = [layer.module.bias for layer in self.layers]
-        self.biases = [
-            torch.zeros_like(y) if bias is None else bias[:, None].expand_as(y).contiguous()
-            for bias, y in zip(biases, self.sums, strict=True)
-        ]
-        self.subtracted = torch.zeros_like(self.sums[-1])
-        if score.unperturbed is not None:
-            self.subtracted = self._padded(score.unperturbed.T)
-        for starts in (self.sums, self.biases):
-            starts[-1] = starts[-1] - self.subtracted
+        assert calls[0].y.dtype == torch.float32, "the network's dtype has changed"
         self.kind, self.target = score.kind, self._padded(score.target.T)
-        self.scale = torch.tensor(score.scale)
+        self.scale, start = torch.tensor(score.scale), score.unperturbed
+        subtracted = torch.zeros_like(self.target) if start is None else self._padded(start.T)
+        outputs = [self._padded(call.y[0].T) for call in calls]
+        self.still = [*outputs[:-1], subtracted]
+        outputs[-1] = outputs[-1] - subtracted
+        # of the layers after the first: it is never a later layer
+        self.weights = [layer.module.weight.T.contiguous() for layer in self.layers[1:]]
+        self.sums = outputs[1:]
+        self.biases = [
+            _expanded(layer.module.bias, y)
+            for layer, y in zip(self.layers[1:], self.sums, strict=True)
+        ]
+        if self.biases:
+            self.biases[-1] = self.biases[-1] - subtracted
 
     def scores(self, draw: Draw, moved: Tensor) -> Tensor:
         """Return scores (P, B), by direction, of what the perturbed layer wrote, (n, B, O)."""
-        assert moved.dtype == torch.float32, "the network's dtype has changed"
         first, (n, examples, units) = draw.first_call, moved.shape
-        weights = self.weights[first:]  # of the later layers
-        starts = self.sums[first + 1 : first + 2] + self.biases[first + 2 :]
-        still = self.sums[first] if weights else self.subtracted
+        weights, still = self.weights[first:], self.still[first]
+        starts = self.sums[first : first + 1] + self.biases[first + 1 :]
         out = moved.new_empty(n, draw.blocks, examples)
         sizes = (n, examples, still.shape[1], units, draw.units, len(weights))
         outputs = torch.tensor([weight.shape[1] for weight in weights])
-        parts = (_addresses(weights), _addresses(starts), outputs, self.activation, self.kind)
-        LOOPS.call("members", moved, still, *sizes, *parts, self.target, self.scale, out)
+        later = (_addresses(weights), _addresses(starts), outputs)
+        self.loops.call("members", moved, still, *sizes, *later, *self._arithmetic(first), out)
         return out.flatten(0, 1)
+
+    def _arithmetic(self, first: int) -> tuple[Tensor | int, ...]:
+        """Return arguments for the activations and scores of members of layer `first`."""
+        return self.activation, self.kind, self.target, self.scale
 
     def _padded(self, x: Tensor) -> Tensor:
         """Return x (O, B) with zeros for the examples that fill the last tile."""
-        return F.pad(x, (0, -x.shape[1] % self.tile)).contiguous()
+        return F.pad(x, (0, -x.shape[1] % self._tile)).contiguous()
+
+    @cached_property
+    def _tile(self) -> int:
+        """Examples that the loops work on together."""
+        assert self.loops.library
+        return self.loops.library.tile()
 
 
 def find(
@@ -159,6 +170,11 @@ def _unwrapped(fitness: Fitness) -> tuple[Any, dict[str, Any]]:
     if isinstance(fitness, partial) and not fitness.args:
         return fitness.func, fitness.keywords
     return fitness, {}
+
+
+def _expanded(bias: Tensor | None, y: Tensor) -> Tensor:
+    """Return a bias (O,) for each example of y (O, padded examples)."""
+    return torch.zeros_like(y) if bias is None else bias[:, None].expand_as(y).contiguous()
 
 
 def _addresses(tensors: list[Tensor]) -> Tensor:

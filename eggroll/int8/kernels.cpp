@@ -87,15 +87,9 @@ inline Ints cross_entropy(const Ints* x, int32_t C, const Score& by, int64_t b) 
   return chosen - top;
 }
 
-// fitness.Int8Accuracy: the first of the largest logits counts
+// fitness.Int8Accuracy
 inline Ints accuracy(const Ints* x, int32_t C, const Score& by, int64_t b) {
-  Ints top = x[0], hit = by.target_of(0, b);
-  for (int32_t c = 1; c < C; c++) {
-    const Ints larger = x[c * PAIR] > top;
-    hit = larger ? by.target_of(c, b) : hit;
-    top = larger ? x[c * PAIR] : top;
-  }
-  return hit << FRACTION_BITS;
+  return first_of_largest(x, C, by.target + b, by.padded) << FRACTION_BITS;
 }
 
 // fitness.Int8Smoothing.score of how far the logits moved
@@ -165,8 +159,6 @@ inline void pair_rows(const int8_t* first, const int8_t* second, int64_t width, 
 }  // namespace
 
 extern "C" {
-
-int64_t tile() { return TILE; }
 
 // Scores (n, K, B) of members that move one block of a layer's outputs each. moved (n, B, U) is what the layer
 // wrote, still (U, padded) its unperturbed output; of the last layer, what is subtracted. Of each later layer:
