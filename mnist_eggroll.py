@@ -10,11 +10,13 @@ from functools import partial
 from typing import Annotated
 
 import tyro
+from torch import Tensor
 
 from eggroll import (
     BlockLowRank,
     Evolution,
     FitnessError,
+    GraphedStep,
     LowRank,
     NodePerturbation,
     PopulationError,
@@ -112,22 +114,26 @@ def main() -> None:
         init_scale=config.init_scale,
     ).to(device)
     evolution = Evolution(network, fitness, config.es, config.seed, smoothing)
-    evolution.inspect(next(data.batches(0, config.seed, config.batch_size))[0])
+    evolution.inspect(data.scale(data.train.images[: config.batch_size]))
     scaled = replace(config, lr=scaled_lr(config, PRESETS[preset], evolution.population))
     optimizer = make_optimizer(network, scaled)
     schedule = make_schedule(optimizer, scaled, config.epochs * data.steps(config.batch_size))
 
+    def train(rows: Tensor) -> Tensor:
+        images, labels = data.batch(rows)
+        scores = evolution.evaluate(images, labels)  # forward passes only
+        evolution.backward(scores)  # fills .grad: backprop has loss.backward() here
+        optimizer.step()
+        return evolution.mean_fitness
+
+    step = GraphedStep(train, network, optimizer, evolution, graph=not config.no_graph)
     method = METHODS[type(config.es)]
     with Run(method, config, data, network, optimizer, schedule, evolution) as run:
-        for images, labels in run.warm_up():
-            evolution.backward(evolution.evaluate(images, labels))
+        run.warm_up(step)
         for epoch in run.epochs():
-            for images, labels in run.batches(epoch):
-                scores = evolution.evaluate(images, labels)  # forward passes only
-                evolution.backward(scores)  # fills .grad: backprop has loss.backward() here
-                optimizer.step()
+            for rows in run.batches(epoch):
+                run.record(step(rows))
                 schedule.step()
-                run.record(evolution.mean_fitness)
             run.log_epoch()
 
 

@@ -7,7 +7,9 @@ python mnist_eggroll_int8.py --fitness accuracy    # raw 0/1 accuracy as the sig
 from dataclasses import dataclass
 from typing import Literal
 
-from eggroll import FitnessError, PopulationError
+from torch import Tensor
+
+from eggroll import FitnessError, GraphedStep, PopulationError
 from eggroll.int8 import (
     INT8_SCALE,
     Int8Accuracy,
@@ -61,16 +63,20 @@ def main() -> None:
     optimizer = Int8SGD(network, config.lr, config.momentum, config.batch_size)
     schedule = make_schedule(optimizer, config, config.epochs * data.steps(config.batch_size))
 
+    def train(rows: Tensor) -> Tensor:
+        images, labels = data.batch(rows)
+        scores = evolution.evaluate(images, labels)  # forward passes only
+        evolution.backward(scores)  # leaves the ascent direction in weight.ascent
+        optimizer.step()
+        return evolution.mean_fitness
+
+    step = GraphedStep(train, network, optimizer, evolution, graph=not config.no_graph)
     with Run(method, config, data, network, optimizer, schedule, evolution) as run:
-        for images, labels in run.warm_up():
-            evolution.backward(evolution.evaluate(images, labels))
+        run.warm_up(step)
         for epoch in run.epochs():
-            for images, labels in run.batches(epoch):
-                scores = evolution.evaluate(images, labels)  # forward passes only
-                evolution.backward(scores)  # leaves the ascent direction in weight.ascent
-                optimizer.step()
+            for rows in run.batches(epoch):
+                run.record(step(rows))
                 schedule.step()
-                run.record(evolution.mean_fitness)
             run.log_epoch()
 
 

@@ -11,6 +11,7 @@ from eggroll.fitness import (
     identity,
     z_score,
 )
+from eggroll.graphed import GraphedStep
 from eggroll.low_rank import LowRank
 from eggroll.node_perturbation import NodePerturbation
 from eggroll.smoothing import Smoothing
@@ -19,6 +20,7 @@ __all__ = [
     "BlockLowRank",
     "Evolution",
     "FitnessError",
+    "GraphedStep",
     "LowRank",
     "NodePerturbation",
     "PopulationError",

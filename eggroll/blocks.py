@@ -9,13 +9,15 @@ K is 1: a member perturbs all units of the layer.
 Shapes: n directions, K blocks, G units of a block, P members, B examples, I / O inputs / outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Product = Callable[[Tensor], Tensor]  # a layer's own output (..., O) of x (..., I)
 
 
 class PopulationError(ValueError):
@@ -61,6 +63,17 @@ class Layer:
     def product(self, x: Tensor) -> Tensor:
         """Return the layer's own output, (..., O), of x (..., I)."""
         return type(self.module).forward(self.module, x)
+
+    def product_in_float32(self, x: Tensor) -> Tensor:
+        """Return the layer's own output in float32, (..., O), where autocast would round it."""
+        linear = self.module
+        with torch.autocast(x.device.type, enabled=False):
+            if type(linear) is not nn.Linear or not x.is_cuda or x.dtype == torch.float32:
+                return self.product(x.float())
+            weight = linear.weight.to(x.dtype).T
+            y = torch.mm(x.flatten(0, -2), weight, out_dtype=torch.float32)  # no copy of x
+            y = y if linear.bias is None else y + linear.bias
+            return y.view(*x.shape[:-1], self.outputs)
 
     def with_one(self, x: Tensor) -> Tensor:
         """Append the input that the bias stands for, which is always 1."""
@@ -154,16 +167,17 @@ class Blocks:
             start += draws[-1].members
         return draws
 
-    def split(self, layer: Layer, x: Tensor, draw: Draw) -> Tensor:
+    def split(self, layer: Layer, x: Tensor, draw: Draw, product: Product) -> Tensor:
         """Output (K n, B, ..., O) for each block of each direction, from x (1 + n, B, ..., I).
 
         A member's input is the unperturbed x[0] but for its own block, so only that is multiplied.
+        product  returns the layer's own output, (1, B, ..., O), of x[:1]
         """
-        y = layer.product(x[:1])
-        blocks = (draw.blocks, draw.units)
+        y, blocks = product(x[:1]), (draw.blocks, draw.units)
         moved = pad(x[1:] - x[:1], draw.units).unflatten(-1, blocks).movedim(-2, 0)
         columns = pad(layer.module.weight, draw.units).T.unflatten(0, blocks)  # (K, G, O)
-        return torch.bmm(moved.flatten(1, -2), columns).view(-1, *y.shape[1:]).add_(y)
+        products = torch.bmm(moved.flatten(1, -2), columns).view(-1, *y.shape[1:])
+        return products.add_(y) if products.dtype == y.dtype else products + y
 
 
 def pad(x: Tensor, size: int) -> Tensor:

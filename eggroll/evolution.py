@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from eggroll.block_low_rank import BlockLowRank
 from eggroll.blocks import Blocks, Call, Chunk, Draw, Layer, PopulationError
-from eggroll.fitness import Fitness, check_finite, check_scores
+from eggroll.fitness import Fitness, check_finite, check_scores, diverged
 from eggroll.inspection import Probe, check_leading_axis
 from eggroll.low_rank import LowRank
 from eggroll.mlp_loops import LINEAR, MlpLoops, Score, find, score_of
 from eggroll.node_perturbation import NodePerturbation
-from eggroll.noise import generator
+from eggroll.noise import generator, generator_seed
 from eggroll.smoothing import Smoothing
 
 Estimator = BlockLowRank | LowRank | NodePerturbation
@@ -36,7 +36,8 @@ Estimator = BlockLowRank | LowRank | NodePerturbation
 Forward = Callable[[int, int, Tensor], Tensor]
 
 # Numbers in the largest tensor of a chunk: what a CPU's caches hold, and enough to fill a card
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 30}
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+STEPS_BETWEEN_CHECKS = 50  # of the scores on a GPU, since the CPU has to wait for them
 
 
 class Evolution:
@@ -78,6 +79,9 @@ class Evolution:
         self.draws: list[Draw] = []  # planned on the first batch
         self._drawn: dict[tuple[int, ...], tuple[Draw, dict[int, Any]]] = {}
         self._loops: MlpLoops | None = None
+        self.in_bfloat16 = False  # members on a card; decided on the first batch
+        self.capturing = False  # set while a step is captured
+        self._generators: dict[tuple[int, int], torch.Generator] = {}  # of a captured step
 
     # ---- a step ----
 
@@ -100,7 +104,7 @@ class Evolution:
                 scores[chunk.members] = self._scores(chunk, inputs, labels)
         if processes > 1:
             dist.all_reduce(scores)  # zeros where another process scored: the sum is exact
-        check_finite(scores, self.step)
+        self._check(scores)
         return scores
 
     @torch.no_grad()
@@ -119,7 +123,17 @@ class Evolution:
                     self._add(ascent, layer, self.estimator.gradient(noise, own, layer))
         for parameter, direction in ascent.items():
             self._store(parameter, direction)
-        self.step += 1
+        self._count_step()
+
+    def replay(self, graph: Callable[[], None]) -> None:
+        """Repeat a captured `evaluate` and `backward`, with the noise of this step.
+
+        graph  replays the kernels that were launched while `capturing` was set
+        """
+        for key, rng in self._generators.items():
+            rng.manual_seed(generator_seed(self.seed, self.step, *key))
+        graph()
+        self._count_step()
 
     @staticmethod
     def _add(ascent: dict[Tensor, Tensor], layer: Layer, direction: Tensor) -> None:
@@ -140,7 +154,8 @@ class Evolution:
             first = chunk.draw.first_call
             moved = self._moved(chunk, first, self.calls[first].x, self.calls[first].y)
             return self._one_per_member(self._loops.scores(chunk.draw, moved))
-        outputs = self._run(partial(self._perturbed, chunk), self._inputs(chunk, inputs))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bfloat16):
+            outputs = self._run(partial(self._perturbed, chunk), self._inputs(chunk, inputs))
         return chunk.by_direction(self._fitness_of(outputs, labels))
 
     def _perturbed(self, chunk: Chunk, position: int, index: int, x: Tensor) -> Tensor:
@@ -148,13 +163,16 @@ class Evolution:
         draw, layer, call = chunk.draw, self.layers[index], self.calls[position]
         if position < draw.first_call:  # copied, since an activation may work in place
             return call.y.expand(len(x), *call.y.shape[1:]).clone()
+        product = layer.product
+        if self.in_bfloat16 and position == len(self.calls) - 1:
+            product = layer.product_in_float32  # bfloat16 would round away how outputs differ
         if index in draw.layers:
-            x, y = (call.x, call.y) if position == draw.first_call else (x, layer.product(x))
+            x, y = (call.x, call.y) if position == draw.first_call else (x, product(x))
             moved = self._moved(chunk, position, x, y)
             return torch.cat([y, moved]) if draw.splits else moved
         if isinstance(self.estimator, Blocks) and position in draw.splits:
-            return self.estimator.split(layer, x, draw)
-        return layer.product(x)
+            return self.estimator.split(layer, x, draw, product)
+        return product(x)
 
     def _moved(self, chunk: Chunk, position: int, x: Tensor, y: Tensor) -> Tensor:
         """Output of a perturbed layer for each direction (or member, of LowRank)."""
@@ -181,8 +199,21 @@ class Evolution:
         return self._drawn[draw.layers][1]
 
     def _rng(self, parameter: int, block: int = 0) -> torch.Generator:
-        device = self.layers[0].module.weight.device
-        return generator(self.seed, self.step, parameter, block, device)
+        """Return the generator of a key; while capturing, one whose key `replay` sets."""
+        if not self.capturing:
+            return generator(self.seed, self.step, parameter, block, self.device)
+        if (parameter, block) not in self._generators:
+            self._generators[parameter, block] = torch.Generator(self.device)
+        return self._generators[parameter, block]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].module.weight.device
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators that a captured step draws from."""
+        return list(self._generators.values())
 
     def _chunks(self) -> Iterator[Chunk]:
         """Directions that are evaluated together; depends on the batch, never on the processes."""
@@ -253,6 +284,20 @@ class Evolution:
         """Average scores (P, B) over the examples unless the estimator has one for each."""
         return scores.mean(1) if scores.dim() == 2 and not self.estimator.per_example else scores
 
+    def _check(self, scores: Tensor) -> None:
+        """Raise FitnessError where a score is not finite; on CUDA, note it for `_count_step`."""
+        if self.device.type == "cuda":
+            self._finite.logical_and_(scores.isfinite().all())
+        else:
+            check_finite(scores, self.step)
+
+    def _count_step(self) -> None:
+        """Raise FitnessError where a score of the last steps on CUDA was not finite."""
+        self.step += 1
+        due = self.device.type == "cuda" and self.step % STEPS_BETWEEN_CHECKS == 0
+        if due and not self.capturing and not self._finite:
+            raise diverged("some members", self.step)
+
     def _score(self, labels: Any) -> Score:
         """Return what the loops compute."""
         if self.smoothing:
@@ -294,6 +339,10 @@ class Evolution:
         self.draws = self.estimator.draws(evolving)
         if isinstance(self.estimator, Blocks) and len(evolving) == len(self.layers):
             self._loops = self._find_loops()
+        if self.device.type == "cuda":
+            self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+            floats = all(layer.module.weight.dtype == torch.float32 for layer in self.layers)
+            self.in_bfloat16 = floats and torch.cuda.is_bf16_supported(including_emulation=False)
         return list(evolving.values())
 
     def _find_loops(self) -> MlpLoops | None:
@@ -350,12 +399,13 @@ class Evolution:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to draw the same noise and shape the same scores."""
-        return {"step": self.step, "scale": self.smoothing.scale if self.smoothing else None}
+        scale = self.smoothing.scale.clone() if self.smoothing else None
+        return {"step": self.step, "scale": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         if self.smoothing:
-            self.smoothing.scale = state["scale"]
+            self.smoothing.scale.copy_(state["scale"])
 
 
 def _process() -> tuple[int, int]:

@@ -25,12 +25,15 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     x (P or 1, B, ..., I), y (P or 1, B, ..., O), a (P, R, O), b (P, R, I); where x is shared, b may
     have fewer rows, which repeat.
     """
-    if len(x) == 1:  # one product for all members
-        u = (b.flatten(0, 1) @ x.flatten(0, -2).T).unflatten(0, b.shape[:2]).mT
-        u = u.repeat(len(a) // len(b), 1, 1)
-    else:
-        u = torch.bmm(x.flatten(1, -2), b.mT)
-    return torch.baddbmm(y.flatten(1, -2), u, a).view(len(a), *y.shape[1:])
+    with torch.autocast(y.device.type, enabled=False):
+        if len(x) == 1:  # one product for all members
+            u = (b.flatten(0, 1) @ x.flatten(0, -2).T).unflatten(0, b.shape[:2]).mT
+            u = u.repeat(len(a) // len(b), 1, 1)
+        else:
+            u = torch.bmm(x.flatten(1, -2), b.mT.to(x.dtype))
+        return torch.baddbmm(y.flatten(1, -2), u.to(y.dtype), a.to(y.dtype)).view(
+            len(a), *y.shape[1:]
+        )
 
 
 def weighted_sum(noise: Factors, weights: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def cross_entropy(
 def smoothed_targets(labels: Tensor, outputs: Tensor, label_smoothing: float) -> Tensor:
     """Return the probabilities (B, ..., C) that outputs (P, B, ..., C) should have."""
     classes = outputs.shape[-1]
-    target = torch.full((*labels.shape, classes), label_smoothing / classes).to(outputs)
+    target = outputs.new_full((*labels.shape, classes), label_smoothing / classes)
     return target.scatter_(
         -1, labels.unsqueeze(-1), 1 - label_smoothing + label_smoothing / classes
     )
@@ -93,7 +93,12 @@ def check_finite(scores: Tensor, step: int) -> None:
     # one pass for the usual case; a sum can overflow though each score is finite
     if not scores.sum().isfinite() and not torch.isfinite(scores).all():
         bad = int((~torch.isfinite(scores)).reshape(len(scores), -1).any(1).sum())
-        raise FitnessError(
-            f"the fitness of {bad} of {len(scores)} members is not finite at step {step:,}: "
-            "training has diverged (try a smaller lr or sigma), or the fitness divides by zero"
-        )
+        raise diverged(f"{bad} of {len(scores)} members", step)
+
+
+def diverged(members: str, step: int) -> FitnessError:
+    """Return the error of members whose scores are not finite."""
+    return FitnessError(
+        f"the fitness of {members} is not finite at step {step:,}: training has diverged (try a "
+        "smaller lr or sigma), or the fitness divides by zero"
+    )

@@ -16,7 +16,9 @@ from eggroll.factors import Factors, add_low_rank, weighted_sum
 from eggroll.fitness import Shaping, z_score
 from eggroll.noise import gaussian
 
-PAIRS = 128  # of a draw: noise grows with the population, so it is never all in memory
+# Of a draw: noise grows with the population, so it is never all in memory, but for a GPU, where a
+# captured step draws from each key once
+PAIRS = 128
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,21 @@ class LowRank:
             raise PopulationError(f"sigma must be > 0, got {self.sigma}")
 
     def draws(self, layers: Mapping[int, Layer]) -> list[Draw]:
-        """Plan draws of PAIRS pairs each."""
+        """Plan draws of PAIRS pairs each; on a GPU one draw of all pairs."""
         pairs = max(self.population // 2, 1)
+        cuda = any(layer.module.weight.is_cuda for layer in layers.values())
+        size = pairs if cuda else PAIRS
         first = min(position for layer in layers.values() for position in layer.calls)
         return [
-            Draw(tuple(layers), number, min(PAIRS, pairs - start), 2, 2 * start, first)
-            for number, start in enumerate(range(0, pairs, PAIRS))
+            Draw(tuple(layers), number, min(size, pairs - start), 2, 2 * start, first)
+            for number, start in enumerate(range(0, pairs, size))
         ]
 
     def sample(self, layer: Layer, draw: Draw, rng: torch.Generator) -> Factors:
         """Draw A and B of the pairs; draws are whole, whatever the population."""
         weight, sizes = layer.module.weight, [layer.outputs, layer.inputs]
-        a, b = gaussian((PAIRS, self.rank, sum(sizes)), weight, rng).split(sizes, -1)
+        shape = (max(PAIRS, draw.directions), self.rank, sum(sizes))
+        a, b = gaussian(shape, weight, rng).split(sizes, -1)
         return Factors(a / self.rank**0.5, b).part(slice(draw.directions))
 
     def perturb(self, noise: Factors, layer: Layer, position: int, x: Tensor, y: Tensor) -> Tensor:

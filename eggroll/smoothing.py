@@ -53,7 +53,7 @@ class Smoothing:
         scores = fitness(copies, labels)
         scores = check_scores(scores, len(copies), len(outputs), per_example=False)
         scores = scores.to(outputs.device, torch.float32)
-        self.scale = self.scale.to(scores)
+        self.scale = self.scale.to(scores)  # the same tensor from then on: a captured step reads it
         advantages = self._per_example if scores.dim() == 2 else self._whole_batch
         plus, minus = advantages(scores[1:], len(outputs)).chunk(2)
         weights = (plus - minus).view(len(noise), -1, *[1] * (outputs.dim() - 1)) / self.samples
@@ -80,13 +80,16 @@ class Smoothing:
 
     def _follow_ranges(self, ranges: Tensor) -> None:
         """Set the scale to the median range of examples' scores: it rises at once, falls slowly."""
-        typical = torch.where(ranges > 0, ranges, torch.nan).nanmedian().nan_to_num(0.0)
+        ordered = torch.where(ranges > 0, ranges, torch.inf).sort().values
+        middle = ((ranges > 0).sum() - 1).clamp_min(0) // 2  # torch.nanmedian would wait for a GPU
+        typical = ordered.gather(0, middle.view(1))[0]
         decayed = torch.lerp(self.scale, typical, SCALE_DECAY)
-        self.scale = torch.where(typical > 0, torch.maximum(decayed, typical), self.scale)
+        largest = torch.maximum(decayed, typical)
+        self.scale.copy_(torch.where(typical.isfinite(), largest, self.scale))
 
     def _whole_batch(self, scores: Tensor, examples: int) -> Tensor:
         """Advantages (K,) relative to the widest spread so far, so they fade as scores agree."""
-        self.scale = torch.maximum(self.scale, scores.std() * examples**0.5)
+        self.scale.copy_(torch.maximum(self.scale, scores.std() * examples**0.5))
         return BATCH_GAIN * examples * (scores - scores.mean()) / _positive(self.scale)
 
 

@@ -62,8 +62,8 @@ def main() -> None:
     optimizer = make_optimizer(network, config)
     schedule = make_schedule(optimizer, config, config.epochs * data.steps(config.batch_size))
     for epoch in range(config.epochs):
-        for images, labels in data.batches(epoch, config.seed, config.batch_size):
-            evolution.backward(evolution.evaluate(images, labels))
+        for rows in data.batches(epoch, config.seed, config.batch_size):
+            evolution.backward(evolution.evaluate(*data.batch(rows)))
             optimizer.step()
             schedule.step()
     logits = network(data.scale(data.test.images))

@@ -41,8 +41,8 @@ def main() -> None:
     evolution = Evolution(network, cross_entropy, NodePerturbation(48, sigma=0.02, antithetic=True))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
     for epoch in range(4):
-        for images, labels in data.batches(epoch, seed=0, batch_size=128):
-            evolution.backward(evolution.evaluate(images, labels))
+        for rows in data.batches(epoch, seed=0, batch_size=128):
+            evolution.backward(evolution.evaluate(*data.batch(rows)))
             optimizer.step()
     logits = network(data.scale(data.test.images))
     print(f"test accuracy {accuracy(logits, data.test.labels).mean():.1%}")

@@ -49,6 +49,8 @@ class Config:
     """Random seed (weights, data order and noise)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU."""
+    no_graph: bool = False
+    """On CUDA, launch a step's kernels one by one, not as one graph."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """CPU threads (None: one per core, shared among the processes of torchrun)."""
     eval_every: int = 1
@@ -83,7 +85,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes)
 THIS_CALL_ONLY = ("out_dir", "resume", "overwrite", "quiet")  # not saved in config.json
-FREE_ON_RESUME = ("data_dir", "device", "init_from")  # may differ when a run is resumed
+FREE_ON_RESUME = ("data_dir", "device", "init_from", "no_graph")  # may differ when a run is resumed
 
 LIMITS = (  # relation, how a message writes it, limit of each flag
     (operator.gt, ">", {"lr": 0, "init_scale": 0}),

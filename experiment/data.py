@@ -73,20 +73,21 @@ class Dataset:
             )
         return -(-len(self.train) // batch_size)
 
-    def batches(
-        self, epoch: int, seed: int, batch_size: int, first: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield scaled images (B, 784) and labels (B,) of an epoch, from batch `first` on.
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scaled training images (B, 784) and their labels (B,)."""
+        part = self.train[rows]
+        return self.scale(part.images), part.labels
 
-        The order of the images depends on the seed and the epoch alone.
+    def batches(self, epoch: int, seed: int, batch_size: int, first: int = 0) -> Iterator[Tensor]:
+        """Yield the rows (B,) of an epoch's batches, on the device, from batch `first` on.
+
+        Their order depends on the seed and the epoch alone.
         """
         # the generator takes 32 bits: what the shift pushes out of them is folded back in
         key = ((seed << 20 | epoch) + 1) ^ ((seed >> 12) * 0x9E3779B1)
         generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
         order = torch.randperm(len(self.train), generator=generator).to(self.train.labels.device)
-        for rows in order.split(batch_size)[first:]:
-            batch = self.train[rows]
-            yield self.scale(batch.images), batch.labels
+        yield from order.split(batch_size)[first:]
 
 
 class Int8Dataset(Dataset):

@@ -85,6 +85,13 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak of a GPU's memory, since warming up may need more than training does."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 class Clock:
     """Counts the seconds between start and stop; the device is synchronised at both."""
 

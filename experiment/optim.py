@@ -10,14 +10,16 @@ WARM_UP = 0.2  # part of a onecycle schedule in which the learning rate rises
 
 
 def make_optimizer(network: nn.Module, config: FloatConfig) -> torch.optim.Optimizer:
-    lr, decay, momentum = config.lr, config.weight_decay, config.momentum
+    """Return the optimizer that the flags name; on CUDA one that a graph can contain."""
+    weights = list(network.parameters())
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": weights[0].is_cuda}
     match config.optimizer:
         case "sgd":
-            return torch.optim.SGD(network.parameters(), lr, momentum, weight_decay=decay)
+            return torch.optim.SGD(weights, momentum=config.momentum, **options)
         case "adam":
-            return torch.optim.Adam(network.parameters(), lr, weight_decay=decay)
+            return torch.optim.Adam(weights, **options)
         case "adamw":
-            return torch.optim.AdamW(network.parameters(), lr, weight_decay=decay)
+            return torch.optim.AdamW(weights, **options)
 
 
 def make_schedule(

@@ -1,16 +1,13 @@
 """One run: its folder, clock, checkpoints, metrics and signals. The training loop is the script's:
 
 with Run("backprop", config, data, network, optimizer, schedule) as run:
-    for images, labels in run.warm_up():
-        ...  # a step without optimizer.step()
+    run.warm_up(step)
     for epoch in run.epochs():
-        for images, labels in run.batches(epoch):
-            ...  # a step
-            run.record(fitness)
+        for rows in run.batches(epoch):
+            run.record(step(rows))
         run.log_epoch()
 """
 
-import copy
 import math
 import platform
 import shlex
@@ -29,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from experiment import distributed, files
 from experiment.config import Config, as_flags
 from experiment.data import SAMPLE, Dataset
-from experiment.device import Clock, device_name, peak_memory_mb
+from experiment.device import Clock, device_name, peak_memory_mb, reset_peak_memory
 from experiment.errors import Interrupted, UserError
 from experiment.evaluation import evaluate_splits
 from experiment.progress import Progress
@@ -117,22 +114,17 @@ class Run:
 
     # ---- what a script calls ----
 
-    def warm_up(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches for untimed steps without an update: lazy set-up is no training."""
-        cuda = self.device.type == "cuda"
+    def warm_up(self, step: Any) -> None:
+        """Let a step prepare itself, outside of the training time: lazy set-up is no training.
+
+        step  has warm_up(*batches), which leaves the weights as they are
+        """
         full, last = next(self._batches(0)), next(self._batches(0, self.steps_per_epoch - 1))
-        state = copy.deepcopy(self.evolution.state_dict()) if self.evolution else None
         clock = Clock(self.device)
         clock.start()
-        # a CUDA graph is compiled, captured and replayed; the last batch is smaller
-        yield from (full, full, full, last) if cuda else (full,)
+        step.warm_up((full,), (last,))  # the last batch of an epoch is smaller
         clock.stop()
-        self.optimizer.zero_grad()
-        if self.evolution:
-            self.evolution.load_state_dict(state)
-        if cuda:  # compiling needs memory that training does not
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak_memory(self.device)
         self.compile_seconds = self.compile_seconds or clock.seconds
 
     def epochs(self) -> Iterator[int]:
@@ -144,12 +136,12 @@ class Run:
         while self.step < self.total_steps:
             yield self.step // self.steps_per_epoch
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch that are left, (B, 784) and (B,); saves between them."""
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """Yield the rows (B,) of an epoch's batches that are left; saves between them."""
         self.clock.start()
-        for batch in self._batches(epoch, self.step - epoch * self.steps_per_epoch):
-            self.batch = batch
-            yield batch
+        for rows in self._batches(epoch, self.step - epoch * self.steps_per_epoch):
+            self.rows_of_batch = rows
+            yield rows
             due = self.stop or time.monotonic() - self.saved_at > SECONDS_BETWEEN_CHECKPOINTS
             if due and self.writes and self.step % self.steps_per_epoch:
                 self.clock.stop()
@@ -162,7 +154,7 @@ class Run:
         self.step += 1
         self.fitness_sum += fitness
         if self.progress.due():
-            images, labels = self.batch
+            images, labels = self.data.batch(self.rows_of_batch)
             with torch.no_grad():
                 right = (self.network(images).argmax(-1) == labels).float().mean().item()
             self.progress.show(self.step, self._mean_fitness(), right)
@@ -191,7 +183,7 @@ class Run:
 
     # ---- between batches ----
 
-    def _batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, epoch: int, first: int = 0) -> Iterator[Tensor]:
         return self.data.batches(epoch, self.config.seed, self.config.batch_size, first)
 
     def _mean_fitness(self) -> float:

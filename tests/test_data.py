@@ -68,7 +68,8 @@ def test_quantised_images_are_the_scaled_ones_rounded_in_place(mnist_dir):
 
 
 def orders(digits, epoch, seed, first=0):
-    return torch.cat([labels for _, labels in digits.batches(epoch, seed, 16, first)])
+    batches = map(digits.batch, digits.batches(epoch, seed, 16, first))
+    return torch.cat([labels for _, labels in batches])
 
 
 def test_every_epoch_has_an_order_of_its_own_keyed_by_seed_and_epoch(mnist_dir):

@@ -1,5 +1,6 @@
 """Integer arithmetic: exact matrix products, and divisions that round to nearest."""
 
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -22,20 +23,22 @@ kernels = Loops(
 
 def int_matmul(x: Tensor, y: Tensor) -> Tensor:
     """Return x @ y, int32 (N, M), for int8 x (N, K) and y (K, M)."""
-    (rows, inner), columns, device = x.shape, y.shape[1], x.device.type
-    if device == "cpu" and FLOAT_IS_FASTER and inner <= FLOAT_EXACT:
-        return float_matmul(x, y)
-    if device not in ("cpu", "cuda"):  # torch._int_mm exists on these alone
-        return (x.int().unsqueeze(2) * y.int()).sum(1, dtype=torch.int32)
-    if device == "cuda":  # tensor cores need more than 16 rows, and multiples of 8 elsewhere
-        x = F.pad(x, (0, -inner % 8, 0, max(0, 17 - rows)))
-    if columns % 16 or x.shape[1] > inner:  # a CPU is fastest with multiples of 16
-        y = F.pad(y, (0, -columns % 16, 0, x.shape[1] - inner))
-    return torch.ops.aten._int_mm(x, y)[:rows, :columns].contiguous()
+    columns = y.shape[1]
+    if x.device.type != "cpu" or FLOAT_IS_FASTER:
+        parts = zip(x.split(FLOAT_EXACT, 1), y.split(FLOAT_EXACT), strict=True)
+        return reduce(torch.add, (float_matmul(*part) for part in parts))
+    if columns % 16:  # a CPU is fastest with multiples of 16
+        y = F.pad(y, (0, -columns % 16))
+    return torch.ops.aten._int_mm(x, y)[:, :columns].contiguous()
 
 
 def float_matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Return what `int_matmul` does, for K up to FLOAT_EXACT: the reference implementation."""
+    """Return what `int_matmul` does, for K up to FLOAT_EXACT: the reference implementation.
+
+    Products of int8 are exact in bfloat16, and their sums in float32.
+    """
+    if x.is_cuda:
+        return torch.mm(x.bfloat16(), y.bfloat16(), out_dtype=torch.float32).int()
     return (x.float() @ y.float()).int()
 
 

@@ -21,7 +21,8 @@ INT32_MAX = 2**31 - 1
 class Int8SGD(torch.optim.Optimizer):
     """Move the weights of an Int8MLP along `weight.ascent`.
 
-    lr        as SGD's, in real weights; rounded to an integer for each layer and step
+    lr        as SGD's, in real weights; rounded to an integer for each layer and step. In a
+              captured step it is a float64 tensor
     momentum  share of the earlier directions that is kept, in 256ths
     examples  of a batch, over which the fitness is averaged
 
@@ -47,7 +48,8 @@ class Int8SGD(torch.optim.Optimizer):
             # a stored weight is INT8_SCALE * divisor times the real one, and an ascent direction
             # INT8_SCALE * 2^DELTA_BITS times the gradient's sum over the batch
             bits = layer.divisor_bits - DELTA_BITS + RESIDUAL_BITS + RATE_BITS
-            rate = round(group["lr"] / group["examples"] * 2**bits)
+            rate = group["lr"] / group["examples"] * 2**bits
+            rate = rate.round().long() if isinstance(rate, Tensor) else round(rate)
             state, ascent = self.state[layer.weight], layer.weight.ascent  # type: ignore
             follow(layer.weight, ascent, momentum, rate, state["momentum"], state["residual"])
 
@@ -57,14 +59,19 @@ class Int8SGD(torch.optim.Optimizer):
 
 
 def follow(
-    weight: Tensor, direction: Tensor, momentum: int, rate: int, memory: Tensor, residual: Tensor
+    weight: Tensor,
+    direction: Tensor,
+    momentum: int,
+    rate: int | Tensor,
+    memory: Tensor,
+    residual: Tensor,
 ) -> None:
     """Update memory to momentum * memory + direction, and move weights by rate * memory.
 
     The residual keeps what is less than a unit. Works in place; all but the weights are int32.
     """
     if kernels.available(weight):
-        rates = (momentum, MOMENTUM_BITS, rate, RATE_BITS, RESIDUAL_BITS)
+        rates = (momentum, MOMENTUM_BITS, int(rate), RATE_BITS, RESIDUAL_BITS)
         given = (direction.contiguous(), weight.numel(), *rates)
         kernels.call("follow", *given, memory, residual, weight)
         return
