@@ -61,6 +61,9 @@ PRESETS = {
     "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=0.005, epochs=5),
     "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
     "node-perturbation": node(NodePerturbation(), epochs=6),
+    # For a card: the experiment's population, and the gradient to first order (not measured yet)
+    "eggroll-gpu": block(BlockLowRank((19200, 19200, 608)), lr=0.0062, epochs=10),
+    "node-perturbation-gpu": node(NodePerturbation((256, 256, 16), sigma=0.01), epochs=10),
     "sign": node(step_like((192, 192, 16)), activation="sign"),
     "step": node(step_like((192, 192, 16)), activation="step"),
     "argmax-k": node(step_like((96, 96, 16)), activation="argmax-k", lr=0.06),

@@ -1,8 +1,9 @@
 """Lower bounds of a step: the arithmetic that a method cannot avoid, at the best rates there are.
 
 Rates are those that this process reaches with its threads: the better of torch and, on a CPU,
-ceilings.cpp. Moving numbers, drawing noise, scores, elementwise operations and the optimizer count
-as free, and so do the activations of int8.
+ceilings.cpp. Each product counts in the type in which the method computes it. Moving numbers,
+drawing noise, scores, elementwise operations and the optimizer count as free, and so do the
+activations of int8.
 Shapes: P members, B examples, R rank, I / O inputs / outputs of a layer.
 """
 
@@ -26,7 +27,8 @@ CEILINGS = Loops(
     "lower bounds are at the rates of torch, which are lower",
 )
 ROUNDS = 1_000  # of a call to ceilings.cpp: a fraction of a millisecond
-PRODUCT, INT8_PRODUCT, ACTIVATION = "product", "int8 product", "activation"
+PRODUCT, BFLOAT16_PRODUCT, INT8_PRODUCT = "product", "bfloat16 product", "int8 product"
+ACTIVATION = "activation"
 
 Shapes = Sequence[tuple[int, int]]  # (I, O) of the layers, in their order
 
@@ -34,14 +36,16 @@ Shapes = Sequence[tuple[int, int]]  # (I, O) of the layers, in their order
 class Counts(NamedTuple):
     """Arithmetic of a step."""
 
-    products: int  # multiply-adds
+    products: int  # multiply-adds of the unperturbed network and of the gradient
+    members: int  # multiply-adds of the members
     activations: int
-    integers: bool = False
+    kinds: tuple[str, str] = (PRODUCT, PRODUCT)  # of the products and of the members'
 
     def seconds(self, each: Mapping[str, float]) -> float:
         """Return the lower bound, from the seconds of each operation."""
-        product = each[INT8_PRODUCT if self.integers else PRODUCT]
-        return self.products * product + self.activations * each[ACTIVATION]
+        own, members = (each[kind] for kind in self.kinds)
+        total = self.products * own + self.members * members
+        return total + self.activations * each[ACTIVATION]
 
 
 # ---- what a method cannot avoid ----
@@ -58,21 +62,23 @@ def hidden(shapes: Shapes) -> int:
 def backprop(shapes: Shapes, examples: int) -> Counts:
     """Count the forward pass and both gradients, but for the gradient of the first input."""
     products = 3 * weights(shapes) - weights(shapes[:1])
-    return Counts(examples * products, examples * hidden(shapes))
+    return Counts(examples * products, 0, examples * hidden(shapes))
 
 
 def evolution(trainer: Evolution, examples: int) -> Counts:
     """Count a step of an estimator whose population is planned."""
     shapes = [(layer.inputs, layer.outputs) for layer in trainer.layers]
     rank = getattr(trainer.estimator, "rank", 0)
-    if isinstance(trainer.estimator, LowRank):
-        return all_layers(shapes, examples, trainer.population, rank)
-    products, activations = examples * weights(shapes), examples * hidden(shapes)
+    counts = Counts(examples * weights(shapes), 0, examples * hidden(shapes))
     for draw in trainer.draws:
-        own = one_layer(shapes, examples, draw, rank)
-        products, activations = products + own.products, activations + own.activations
-    integers = isinstance(trainer, Int8Evolution)
-    return Counts(products, 0 if integers else activations, integers)
+        if isinstance(trainer.estimator, LowRank):
+            own = all_layers(shapes, examples, draw.members, rank)
+        else:
+            own = one_layer(shapes, examples, draw, rank)
+        counts = Counts(*(x + y for x, y in zip(counts[:3], own[:3], strict=True)))
+    if isinstance(trainer, Int8Evolution):
+        return counts._replace(activations=0, kinds=(INT8_PRODUCT, INT8_PRODUCT))
+    return counts._replace(kinds=(PRODUCT, BFLOAT16_PRODUCT if trainer.in_bfloat16 else PRODUCT))
 
 
 def one_layer(shapes: Shapes, examples: int, draw: Draw, rank: int) -> Counts:
@@ -83,23 +89,22 @@ def one_layer(shapes: Shapes, examples: int, draw: Draw, rank: int) -> Counts:
     """
     (inputs, outputs), *later = shapes[draw.layers[0] :]
     directions, members = examples * draw.directions, examples * draw.members
-    products = directions * rank * inputs  # x times B
-    products += (draw.directions * rank or examples) * inputs * outputs  # the estimate
+    estimate = (draw.directions * rank or examples) * inputs * outputs
+    noise = directions * rank * inputs  # x times B
     if not later:
-        return Counts(products, 0)
-    products += directions * outputs * later[0][1] + members * weights(later[1:])
-    return Counts(products, directions * outputs + members * hidden(later))
+        return Counts(estimate, noise, 0)
+    products = noise + directions * outputs * later[0][1] + members * weights(later[1:])
+    return Counts(estimate, products, directions * outputs + members * hidden(later))
 
 
 def all_layers(shapes: Shapes, examples: int, population: int, rank: int) -> Counts:
     """Count antithetic pairs that perturb all layers; they share the first layer's product."""
     first, later, members = shapes[:1], shapes[1:], examples * population
-    products = examples * weights(first) + members * weights(later)
     # x times B, where pairs share the first layer's x, then times A
-    products += rank * (members // 2 * first[0][0] + members * sum(i for i, _ in later))
-    products += rank * members * sum(o for _, o in shapes)
-    products += rank * population // 2 * weights(shapes)  # the estimate
-    return Counts(products, members * hidden(shapes))
+    noise = rank * (members // 2 * first[0][0] + members * sum(i for i, _ in later))
+    noise += rank * members * sum(o for _, o in shapes)
+    estimate = rank * population // 2 * weights(shapes)
+    return Counts(estimate, members * weights(later) + noise, members * hidden(shapes))
 
 
 # ---- rates ----
@@ -116,6 +121,10 @@ def operations(device: torch.device) -> dict[tuple[str, int], Work]:
         (INT8_PRODUCT, size**3): partial(int_matmul, integers, integers),
         (ACTIVATION, part.numel()): partial(F.gelu, part),
     }
+    if device.type == "cuda":
+        halves = x.bfloat16()
+        calls[BFLOAT16_PRODUCT, size**3] = partial(torch.mm, halves, halves)
+        calls[ACTIVATION, x.numel()] = partial(F.gelu, halves)
     if CEILINGS.available(x):
         for kind, name in ((PRODUCT, "products"), (ACTIVATION, "gelus")):
             done = torch.zeros(1, dtype=torch.int64)

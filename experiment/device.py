@@ -85,6 +85,22 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def card_memory(device: torch.device) -> dict[str, float]:
+    """Return a card's memory in MB: peaks of tensors and of the allocator, and what is used now.
+
+    `used` counts everything on the card, CUDA's own and other processes' too. Empty elsewhere.
+    """
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    amounts = {
+        "allocated_mb": torch.cuda.max_memory_allocated(device),
+        "reserved_mb": torch.cuda.max_memory_reserved(device),
+        "used_mb": total - free,
+    }
+    return {name: round(amount / 2**20, 1) for name, amount in amounts.items()}
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Forget the peak of a GPU's memory, since warming up may need more than training does."""
     if device.type == "cuda":
@@ -99,15 +115,17 @@ class Clock:
         self.device, self.seconds = device, seconds
 
     def start(self) -> None:
-        self._synchronise()
+        synchronise(self.device)
         self.started = time.perf_counter()
 
     def stop(self) -> None:
-        self._synchronise()
+        synchronise(self.device)
         self.seconds += time.perf_counter() - self.started
 
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import signal
 
 import pytest
 from conftest import ROOT, call
+
+from experiment.run import Run
 
 BACKPROP = "mnist_backprop.py"
 SAMPLE = ("--dataset", "mnist-sample")
@@ -35,6 +38,21 @@ def train(kind, out, *flags, code=0):
     done = call(script, *own, *SMALL, "--out-dir", out, *flags)
     assert done.returncode == code, done.stderr
     return done
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def interrupt_after(steps, monkeypatch):
+    record = Run.record
+
+    def stopping(self, fitness):
+        record(self, fitness)
+        if self.step == steps:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "record", stopping)
 
 
 def assert_one_line(done, *messages):

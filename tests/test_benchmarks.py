@@ -2,17 +2,20 @@
 
 import json
 import sys
+import tarfile
 
 import pytest
 import torch
 from conftest import ROOT, run_command
 from runs import read_csv
 
-from benchmarks import bounds
+from benchmarks import bounds, steps
 from eggroll import BlockLowRank, Evolution, LowRank, NodePerturbation, cross_entropy
+from experiment.errors import UserError
 from model import MLP
 
 SAMPLE = ("--dataset", "mnist-sample")
+INT8 = "node-perturbation-int8"
 
 
 def rows_of(benchmark, folder, *flags):
@@ -27,20 +30,36 @@ def rows_of(benchmark, folder, *flags):
 
 
 def test_speed_compares_each_method_with_its_lower_bound_and_with_backprop(tmp_path):
-    rows = rows_of("speed.py", tmp_path, "--device", "cpu", "--population", "32", "--rounds", "1")
-    assert [row["what"] for row in rows] == [
-        "backprop",
-        "eggroll",
-        "eggroll-dense",
-        "node-perturbation",
-        "node-perturbation-int8",
-    ]
-    assert [row["population"] for row in rows] == ["", 65, 32, 240, 240]
+    names = ["backprop", "eggroll:32", "eggroll-dense:32", "node-perturbation", f"{INT8}:33"]
+    methods = ("--methods", *names, "--rounds", "1")
+    rows = rows_of("speed.py", tmp_path, "--device", "cpu", *methods)
+    assert [row["what"] for row in rows] == names
+    assert [row["population"] for row in rows] == ["", 65, 32, 240, 33]
     for row in rows:
         step, bound = row["step_seconds"], row["bound_seconds"]
         assert row["ratio_to_bound"] == pytest.approx(step / bound, rel=0.02)
         to_backprop = step / rows[0]["step_seconds"]
         assert row["ratio_to_backprop"] == pytest.approx(to_backprop, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["genetic", "eggroll:many", "eggroll:"])
+def test_unknown_methods_are_named(name):
+    with pytest.raises(UserError, match=f"METHOD:POPULATION.*got {name}"):
+        steps.make(name, torch.device("cpu"))
+
+
+def test_ceilings_has_a_row_for_each_operation(tmp_path):
+    rows = rows_of("ceilings.py", tmp_path, "--device", "cpu")
+    assert {row["what"] for row in rows} >= {"product", "activation", "byte copied", "launch"}
+    assert all(0 < row["seconds_of_one"] < 1e-3 for row in rows)
+
+
+def test_profiles_list_the_operations_of_each_method(tmp_path):
+    script, file = ROOT / "benchmarks" / "profiles.py", tmp_path / "profiles.txt"
+    flags = ("--methods", "backprop", "eggroll:32", "--device", "cpu", "--file", file)
+    assert run_command(sys.executable, script, *flags).returncode == 0
+    text = file.read_text()
+    assert text.count("20 steps, cpu") == 2 and "aten::mm" in text
 
 
 def counts(estimator):
@@ -55,7 +74,7 @@ FORWARD = 128 * (784 * 256 + 256 * 256 + 256 * 10)
 
 def test_backprop_cannot_avoid_its_products_but_for_the_first_inputs_gradient():
     found = bounds.backprop([(784, 256), (256, 256), (256, 10)], 128)
-    assert found == (3 * FORWARD - 128 * 784 * 256, 128 * (256 + 256), False)
+    assert found[:3] == (3 * FORWARD - 128 * 784 * 256, 0, 128 * (256 + 256))
 
 
 def test_members_of_eggroll_share_what_follows_their_direction():
@@ -65,31 +84,33 @@ def test_members_of_eggroll_share_what_follows_their_direction():
     after = 128 * 320 * 256 * 10
     estimate = 2 * (20 * 784 * 256 + 40 * 256 * 256 + 30 * 256 * 10)
     activations = 128 * (2 * 256 + 20 * 256 + 40 * 256 + 320 * 256)
-    assert found == (FORWARD + noise + blocks + after + estimate, activations, False)
+    assert found[:3] == (FORWARD + estimate, noise + blocks + after, activations)
 
 
 def test_node_perturbation_has_neither_noise_to_multiply_nor_a_sum_over_members():
     found = counts(NodePerturbation((96, 128, 16)))  # 6, 8 and 16 directions
     products = 128 * (6 * 256 * 256 + 8 * 256 * 10 + 96 * 256 * 10)
     activations = 128 * (2 * 256 + 6 * 256 + 8 * 256 + 96 * 256)
-    assert found == (2 * FORWARD + products, activations, False)
+    assert found[:3] == (2 * FORWARD, products, activations)
 
 
 def test_members_of_all_layers_share_the_first_product_alone():
-    found = counts(LowRank(6))
-    products = 128 * 784 * 256 + 6 * 128 * (256 * 256 + 256 * 10)
-    noise = 128 * (3 * 784 + 6 * (256 + 256)) + 6 * 128 * (256 + 256 + 10)
-    estimate = 3 * (784 * 256 + 256 * 256 + 256 * 10)
-    assert found == (products + noise + estimate, 6 * 128 * (256 + 256), False)
+    found = counts(LowRank(300))  # in two draws
+    products = 300 * 128 * (256 * 256 + 256 * 10)
+    noise = 128 * (150 * 784 + 300 * (256 + 256)) + 300 * 128 * (256 + 256 + 10)
+    estimate = 150 * (784 * 256 + 256 * 256 + 256 * 10)
+    activations = 128 * (2 * 256 + 300 * (256 + 256))
+    assert found[:3] == (FORWARD + estimate, products + noise, activations)
 
 
 def test_a_bound_is_at_the_best_rate_of_each_operation():
     rates = {("product", 10): 2.0, ("product", 40): 4.0, ("activation", 2): 1.0}
     each = bounds.seconds_of_each(rates)
     assert each == {"product": 0.1, "activation": 0.5}
-    assert bounds.Counts(30, 4).seconds(each) == pytest.approx(5)
-    each["int8 product"] = 0.2
-    assert bounds.Counts(30, 0, True).seconds(each) == pytest.approx(6)
+    assert bounds.Counts(20, 10, 4).seconds(each) == pytest.approx(5)
+    each["bfloat16 product"] = 0.2
+    kinds = ("product", "bfloat16 product")
+    assert bounds.Counts(20, 10, 4, kinds).seconds(each) == pytest.approx(6)
 
 
 @pytest.mark.parametrize("compiler", ["there", "missing"])
@@ -140,8 +161,21 @@ def test_gpu_script_does_not_start_without_a_card_or_mnist(tmp_path):
 
 
 def test_gpu_script_continues_after_a_stage_that_fails(tmp_path):
-    env = {"OUT": str(tmp_path), "PYTHON": "false"}
-    done = run_command(ROOT / "benchmarks" / "gpu.sh", "--tiny", env=env)
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1].startswith("failed: speed-128 eggroll+128-seed0 speed")
-    assert "report" in done.stdout
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *ceilings*) exit 3 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    done = run_command(
+        ROOT / "benchmarks" / "gpu.sh", "--tiny", env={"OUT": str(out), "PYTHON": str(python)}
+    )
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "failed: ceilings", done.stdout
+    for name in ("steps", "more-steps", "memory", "more-memory"):
+        assert json.loads((out / f"{name}.json").read_text())
+    rows = {row["row"] for row in read_csv(out / "runs" / "summary.csv")}
+    methods = {"backprop", "eggroll", "node-perturbation", INT8}
+    assert rows == methods | {"eggroll+accuracy", "eggroll-dense+raw-accuracy"}
+    with tarfile.open(out / "results.tar.gz") as archive:
+        names = archive.getnames()
+    assert {"./profiles.txt", "./steps.csv", "./runs/summary.csv"} <= set(names)
+    assert not any("checkpoint" in name for name in names)

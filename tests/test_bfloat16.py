@@ -65,5 +65,5 @@ def test_the_estimate_is_that_of_float32_but_for_rounding(estimator):
         evolution.backward(evolution.evaluate(inputs, labels))
         found.append([p.grad.clone() for p in network.parameters()])
     for one, other in zip(*found, strict=True):
-        assert F.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.99
-        assert other.norm() / one.norm() == pytest.approx(1, abs=0.02)
+        assert F.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.97
+        assert other.norm() / one.norm() == pytest.approx(1, abs=0.03)

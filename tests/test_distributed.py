@@ -11,6 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, run_command
+from runs import weights
 
 SMALL = ("--dataset", "mnist-sample", "--hidden-dim", "32", "--threads", "1")
 
@@ -28,10 +29,6 @@ def command(processes, out, *flags, script="mnist_eggroll.py", epochs=1):
 
 def run(processes, out, *flags, **options):
     return run_command(*command(processes, out, *flags, **options))
-
-
-def weights(out):
-    return (out / "model.safetensors").read_bytes()
 
 
 def test_several_processes_are_bit_identical_to_one_with_every_estimator(tmp_path):

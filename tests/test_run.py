@@ -24,20 +24,17 @@ from runs import (
     STEPS,
     THERE,
     assert_one_line,
+    interrupt_after,
     read_csv,
     read_json,
     train,
+    weights,
 )
 from safetensors.torch import load_file
 
 from experiment import files, progress
 from experiment import run as run_module
 from experiment.progress import Progress
-from experiment.run import Run
-
-
-def weights(folder):
-    return (folder / "model.safetensors").read_bytes()
 
 
 def metrics(folder):
@@ -123,17 +120,6 @@ def test_a_failed_write_leaves_the_last_complete_file(tmp_path, monkeypatch):
 
 
 # ---- resuming ----
-
-
-def interrupt_after(steps, monkeypatch):
-    record = Run.record
-
-    def stopping(self, fitness):
-        record(self, fitness)
-        if self.step == steps:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(Run, "record", stopping)
 
 
 RESUMED = [(kind, "sgd", step) for kind in THERE for step in (12, STEPS)]

@@ -1,0 +1,59 @@
+"""Operations of 20 training steps of each method, by the time that they take, as text.
+
+python benchmarks/profiles.py --file profiles.txt
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from torch.profiler import profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
+
+from benchmarks.steps import METHODS, make
+from experiment.config import MARKERS
+from experiment.device import choose_device, device_name, set_threads, synchronise
+from experiment.script import run_script
+
+STEPS, ROWS = 20, 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of this benchmark."""
+
+    file: Path
+    """File to write."""
+    methods: tuple[str, ...] = METHODS
+    """Methods, or METHOD:POPULATION; without a population, the preset's."""
+    threads: int | None = None
+    """CPU threads (None: one per core)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to measure."""
+
+
+def main() -> None:
+    config = tyro.cli(Config, config=MARKERS)
+    set_threads(config.threads)
+    device = choose_device(config.device)
+    config.file.parent.mkdir(parents=True, exist_ok=True)
+    with config.file.open("w") as file:
+        for name in config.methods:
+            step = make(name, device).work()
+            with profile() as profiler:
+                for _ in range(STEPS):
+                    step()
+                synchronise(device)
+            kind = "cuda" if device.type == "cuda" else "cpu"
+            operations = profiler.key_averages()
+            table = operations.table(sort_by=f"self_{kind}_time_total", row_limit=ROWS)
+            file.write(f"{name}, {STEPS} steps, {device_name(device)}\n{table}\n\n")
+            file.flush()
+    print(config.file)
+
+
+if __name__ == "__main__":
+    run_script(main, "profiles.py")
