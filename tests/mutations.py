@@ -17,6 +17,8 @@ CORE = ["tests/test_estimators.py", "tests/test_evolution.py", "tests/test_fitne
 RUNS = ["tests/test_run.py", "tests/test_data.py"]
 INT8 = ["tests/test_int8.py"]
 LOOPS = ["tests/test_mlp_loops.py"]
+GRAPH = ["tests/test_graphed.py"]
+CARD = ["tests/test_fake_cuda.py"]
 
 MUTATIONS = {  # file, what stands there, what replaces it, tests
     "sign of the update": (
@@ -129,7 +131,7 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
     ),
     "smoothing that forgets its scale": (
         "eggroll/evolution.py",
-        'self.smoothing.scale = state["scale"]',
+        'self.smoothing.scale.copy_(state["scale"])',
         "pass",
         [*CORE, *RUNS],
     ),
@@ -195,8 +197,8 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
     ),
     "smoothed scores with the unperturbed outputs in them": (
         "eggroll/mlp_loops.py",
-        "self.subtracted = self._padded(score.unperturbed.T)",
-        "pass",
+        "self.still = [*outputs[:-1], subtracted]",
+        "self.still = [*outputs[:-1], torch.zeros_like(subtracted)]",
         LOOPS,
     ),
     "hooks that a trace hides": (
@@ -204,6 +206,54 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
         "if any(map(_is_patched, network.modules())):",
         "if False:",
         LOOPS,
+    ),
+    "learning rate of the captured step": (
+        "eggroll/graphed.py",
+        'rate.fill_(group["lr"])',
+        "pass",
+        GRAPH,
+    ),
+    "noise of the captured step": (
+        "eggroll/evolution.py",
+        "generator_seed(self.seed, self.step, *key)",
+        "generator_seed(self.seed, 0, *key)",
+        GRAPH,
+    ),
+    "batch of the captured step": (
+        "eggroll/graphed.py",
+        "buffer.copy_(tensor)",
+        "pass",
+        GRAPH,
+    ),
+    "cut batch as large as the captured one": (
+        "eggroll/graphed.py",
+        " or batch[0].shape != self._batch[0].shape",
+        "",
+        GRAPH,
+    ),
+    "smoothing whose scale moves in memory": (
+        "eggroll/smoothing.py",
+        "self.scale.copy_(torch.maximum(self.scale, scores.std() * examples**0.5))",
+        "self.scale = torch.maximum(self.scale, scores.std() * examples**0.5)",
+        GRAPH,
+    ),
+    "warm-up that leaves a momentum": (
+        "eggroll/graphed.py",
+        "if key in tensors else tensor.zero_()",
+        "if key in tensors else None",
+        GRAPH,
+    ),
+    "targets that are copied to the card": (
+        "eggroll/fitness.py",
+        "outputs.new_full((*labels.shape, classes), label_smoothing / classes)",
+        "torch.full((*labels.shape, classes), label_smoothing / classes).to(outputs)",
+        CARD,
+    ),
+    "a step that waits for its scores": (
+        "eggroll/evolution.py",
+        "self._finite.logical_and_(scores.isfinite().all())",
+        "check_finite(scores, self.step)",
+        CARD,
     ),
 }
 

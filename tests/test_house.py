@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT, call, run_command
+from mutations import MUTATIONS
 
 from experiment.report import readme_with_table
 
@@ -79,6 +80,11 @@ def test_docstrings_open_with_a_verb_or_with_what_is_returned():
     for path in ROOT.glob("**/*.py"):
         if ".venv" not in path.parts and path.parent.name != "tests":
             assert not re.findall(OPENINGS, path.read_text(), re.MULTILINE), path
+
+
+def test_every_mutation_has_a_place_in_the_code():
+    for name, (file, old, *_) in MUTATIONS.items():
+        assert old in (ROOT / file).read_text(), name
 
 
 # ---- the pages ----
