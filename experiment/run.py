@@ -26,7 +26,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from experiment import distributed, files
 from experiment.config import Config, as_flags
 from experiment.data import SAMPLE, Dataset
-from experiment.device import Clock, device_name, peak_memory_mb, reset_peak_memory
+from experiment.device import (
+    Clock,
+    card_memory,
+    device_name,
+    peak_memory_mb,
+    reset_peak_memory,
+)
 from experiment.errors import Interrupted, UserError
 from experiment.evaluation import evaluate_splits
 from experiment.progress import Progress
@@ -99,11 +105,7 @@ class Run:
             if not self.writes:
                 return
             if kind is None:
-                self._say(
-                    f"finished: test accuracy {self.rows[-1]['test_accuracy']:.2%} on "
-                    f"{self.data.name}, {self.clock.seconds:.1f} s of training, "
-                    f"{self._peak_mb():,.0f} MB at the peak, files in {self.folder}"
-                )
+                self._say(self._last_line())
             elif kind and not issubclass(kind, (Interrupted, KeyboardInterrupt, OSError)):
                 self._log(f"failed at step {self.step:,}: {error}")
                 if self.rows:  # the last good checkpoint is kept
@@ -305,6 +307,14 @@ class Run:
             "status": status,
         }
         files.write_json(self.folder / "summary.json", summary)
+
+    def _last_line(self) -> str:
+        card = "".join(f", {name} {mb:,.0f}" for name, mb in card_memory(self.device).items())
+        return (
+            f"finished: test accuracy {self.rows[-1]['test_accuracy']:.2%} on {self.data.name}, "
+            f"{self.clock.seconds:.1f} s of training, {self._peak_mb():,.0f} MB at the peak{card}, "
+            f"files in {self.folder}"
+        )
 
     def _peak_mb(self) -> float:
         return max(self.peak_mb, peak_memory_mb(self.device))
