@@ -309,7 +309,8 @@ class Run:
         files.write_json(self.folder / "summary.json", summary)
 
     def _last_line(self) -> str:
-        card = "".join(f", {name} {mb:,.0f}" for name, mb in card_memory(self.device).items())
+        memory = card_memory(self.device).items()
+        card = "".join(f", {name.removesuffix('_mb')} {mb:,.0f}" for name, mb in memory)
         return (
             f"finished: test accuracy {self.rows[-1]['test_accuracy']:.2%} on {self.data.name}, "
             f"{self.clock.seconds:.1f} s of training, {self._peak_mb():,.0f} MB at the peak{card}, "
