@@ -163,11 +163,13 @@ class Evolution:
         draw, layer, call = chunk.draw, self.layers[index], self.calls[position]
         if position < draw.first_call:  # copied, since an activation may work in place
             return call.y.expand(len(x), *call.y.shape[1:]).clone()
-        product = layer.product
-        if self.in_bfloat16 and position == len(self.calls) - 1:
-            product = layer.product_in_float32  # bfloat16 would round away how outputs differ
+        product, last = layer.product, position == len(self.calls) - 1
+        if self.in_bfloat16 and last:  # where bfloat16 would round away how outputs differ
+            product = layer.product_in_float32
         if index in draw.layers:
             x, y = (call.x, call.y) if position == draw.first_call else (x, product(x))
+            if self.in_bfloat16 and not last and isinstance(self.estimator, LowRank):
+                y = y.bfloat16()  # what members write to memory has y's dtype
             moved = self._moved(chunk, position, x, y)
             return torch.cat([y, moved]) if draw.splits else moved
         if isinstance(self.estimator, Blocks) and position in draw.splits:

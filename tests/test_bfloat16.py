@@ -51,6 +51,18 @@ def test_outputs_that_are_scored_are_not_rounded_to_bfloat16(estimator):
         assert not torch.equal(outputs, outputs.bfloat16().float())
 
 
+def test_members_of_all_layers_write_bfloat16_to_memory():
+    """Those of one layer are few before they split off, and keep how they differ in float32."""
+    inputs, labels = batch(40)
+    network, seen = make("mlp"), []
+    for module in (network[1], network[3]):
+        module.register_forward_hook(lambda _, x, y: seen.append((len(y), y.dtype)))
+    evolution = evolution_of(network, ESTIMATORS["low rank"], inputs, in_bfloat16=True)
+    seen.clear()
+    evolution.evaluate(inputs, labels)
+    assert {dtype for members, dtype in seen if members > 1} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     "estimator",
     [BlockLowRank(330), LowRank(40), NodePerturbation((256, 256, 16), sigma=0.01)],
