@@ -12,14 +12,15 @@ WARM_UP = 0.2  # part of a onecycle schedule in which the learning rate rises
 def make_optimizer(network: nn.Module, config: FloatConfig) -> torch.optim.Optimizer:
     """Return the optimizer that the flags name; on CUDA one that a graph can contain."""
     weights = list(network.parameters())
-    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": weights[0].is_cuda}
+    cuda = weights[0].is_cuda
+    options = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": cuda}
     match config.optimizer:
         case "sgd":
             return torch.optim.SGD(weights, momentum=config.momentum, **options)
         case "adam":
-            return torch.optim.Adam(weights, **options)
+            return torch.optim.Adam(weights, **options, capturable=cuda)
         case "adamw":
-            return torch.optim.AdamW(weights, **options)
+            return torch.optim.AdamW(weights, **options, capturable=cuda)
 
 
 def make_schedule(

@@ -8,9 +8,19 @@ from runs import EACH, interrupt_after, train, weights
 from torch.nn import functional as F
 from trainings import KINDS
 
-from eggroll import BlockLowRank, Evolution, LowRank, NodePerturbation, cross_entropy, identity
+from eggroll import (
+    BlockLowRank,
+    Evolution,
+    GraphedStep,
+    LowRank,
+    NodePerturbation,
+    cross_entropy,
+    identity,
+)
 from eggroll import evolution as trainer_module
 from eggroll.int8 import arithmetic
+from experiment.config import FloatConfig
+from experiment.optim import make_optimizer
 from model import MLP
 
 CUDA = torch.device("cuda")
@@ -72,6 +82,25 @@ def test_a_step_that_waits_is_called_as_it_is():
     with pytest.warns(UserWarning, match="no CUDA graph"):
         step.warm_up(batch)
     assert step(*batch).item() == pytest.approx(batch[0].sum().item())
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_every_optimizer_can_be_captured(name):
+    network = MLP().to(CUDA)
+    optimizer = make_optimizer(network, FloatConfig(optimizer=name, lr=0.001))
+
+    def train(inputs):
+        optimizer.zero_grad()
+        loss = network(inputs).square().mean()
+        loss.backward()
+        optimizer.step()
+        return -loss.detach()
+
+    inputs = torch.randn(32, 784, device=CUDA)
+    step = GraphedStep(train, network, optimizer)
+    step.warm_up((inputs,))
+    losses = [-step(inputs).item() for _ in range(20)]
+    assert step._replay and losses[-1] < 0.9 * losses[0]
 
 
 ESTIMATORS = {
