@@ -13,7 +13,6 @@ from eggroll.int8.arithmetic import (
     clip,
     int_matmul,
     kernels,
-    rounded_division,
     rounded_shift,
     wide_matmul,
 )
@@ -85,13 +84,14 @@ def call_gradient(
     That is x (B, ..., I) times the derivatives of scores in the outputs, within +-WIDE_MAX.
     weights (n, K, B), rows (n, ..., O) and signs (B, ..., O) are int32; size of a move, units G.
     """
-    one = torch.full_like(size, 1 << DELTA_BITS + FACTOR_BITS, dtype=torch.int64)
-    factor = rounded_division(one, len(rows) * size)
-    if kernels.available(weights) and rows.dim() == 2:
+    in_loops = kernels.available(weights) and rows.dim() == 2
+    divisor = len(rows) * (int(size) if in_loops else size.long())
+    factor = ((1 << DELTA_BITS + FACTOR_BITS) + divisor // 2) // divisor
+    if in_loops:
         sizes = (*weights.shape, signs.shape[-1], x.shape[-1], units)
         out = weights.new_empty(signs.shape[-1], x.shape[-1])
         parts = (weights.contiguous(), rows.contiguous(), signs, x.contiguous())
-        kernels.call("gradient", *parts, *sizes, int(factor), FACTOR_BITS, WIDE_MAX, out)
+        kernels.call("gradient", *parts, *sizes, factor, FACTOR_BITS, WIDE_MAX, out)
         return out
     rows = pad(rows, units).unflatten(-1, (-1, units)).unsqueeze(-1)  # (n, ..., K, G, 1)
     sums = weights.new_zeros(*rows.shape[1:-1], len(signs))
