@@ -67,6 +67,15 @@ def read_metrics(run: Path) -> list[dict[str, float | None]]:
         ]
 
 
+def read_curves(folder: Path, summaries: Sequence[Summary]) -> dict[str, list]:
+    """Return the metrics of every run, by row."""
+    curves: dict[str, list] = {}
+    for summary in summaries:
+        run = folder / summary["row"] / f"seed{summary['seed']}"
+        curves.setdefault(summary["row"], []).append(read_metrics(run))
+    return curves
+
+
 def write_report(folder: Path) -> list[Path]:
     """Write and return summary.csv, summary.md and the plots of one experiment."""
     from experiment import plots
@@ -77,10 +86,7 @@ def write_report(folder: Path) -> list[Path]:
     summaries = list(runs.values())
     write_csv(folder / "summary.csv", summaries, list(summaries[0]))
     write_atomically(folder / "summary.md", f"# Results\n\n{markdown_tables(summaries)}")
-    curves: dict[str, list] = {}
-    for run, summary in runs.items():
-        curves.setdefault(summary["row"], []).append(read_metrics(run))
-    drawn = plots.draw_all(curves, summaries, folder)
+    drawn = plots.draw_all(read_curves(folder, summaries), summaries, folder)
     return [folder / "summary.csv", folder / "summary.md", *drawn]
 
 
