@@ -9,12 +9,11 @@ from typing import Any, Literal, NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiment.config import PathFlag
 from experiment.device import Clock, device_name
 from experiment.files import commit, write_csv
-from experiment.style import STYLE, Label, plain_number, save, write_labels
+from experiment.style import STYLE, Label, label_log_axis, save, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,10 +143,9 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     for s in panel.series:
         look = {"color": s.colour, "label": s.label, "capsize": 3, "ms": 7}
         axes.errorbar(s.x, s.y, s.error, fmt=s.style, **look)
-    axes.set(xscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
     if panel.names:
         axes.set_yticks(range(len(panel.names)), panel.names)
         axes.set_ylim(len(panel.names) - 0.3, -0.7)
         axes.margins(x=0.35)  # room for the notes
+    label_log_axis(axes)

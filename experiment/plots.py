@@ -17,6 +17,7 @@ from experiment.style import (
     Label,
     accuracy_range,
     colour,
+    label_log_axis,
     line_format,
     plain_number,
     save,
@@ -158,13 +159,13 @@ def _break(upper: Axes, lower: Axes) -> None:
 
 def _finish(figure: Figure, axes: Axes, label: str, log: bool) -> None:
     """Set the x axis, with room for labels, and the legend."""
-    axes.set(xlabel=label, xscale="log" if log else "linear")
-    if not log:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
     for part in figure.axes:
         part.margins(x=0.15)
+    if log:
+        label_log_axis(axes)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(
         *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10,
         title="lines: mean of the seeds; bands: their range", title_fontsize=10,

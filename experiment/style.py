@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from experiment.files import write_atomically
@@ -100,6 +101,15 @@ def plain_number(value: float, _: int = 0) -> str:
         if value >= size:
             return f"{value / size:,g}{name}"
     return f"{value:,g}"
+
+
+def label_log_axis(axes: Axes) -> None:
+    """Make x logarithmic, with ticks at 1, 2 and 5 too where it spans less than two decades."""
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain_number))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def accuracy_range(accuracies: Sequence[float]) -> tuple[int, int]:
