@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, fr
 from benchmarks.rows import ROOT, Panel, Row, Series, draw, provenance, show, write_rows
 from experiment.config import MARKERS
 from experiment.errors import UserError
-from experiment.plots import colour
 from experiment.script import run_script
+from experiment.style import colour, line_format
 
 INT8 = "node-perturbation-int8"
 Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
@@ -170,11 +170,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["seconds"])
         x, y, error = ([row[column] for row in own] for column in columns)
-        notes = [str(row["epochs"]) for row in own]
-        series.append(Series(method, x, y, "o-", colour(method), error, notes))
-    label = "seconds of training, whole runs (log scale)"
-    title = f"Numbers at the points: epochs\n{rows[0]['device']}"
-    draw(path, title, [Panel("", label, "test accuracy (%)", series)])
+        notes = [f"{row['epochs']:g}" for row in own]
+        series.append(Series(method, x, y, line_format(method), colour(method), error, notes))
+    label = "seconds of training of whole runs (log scale)"
+    title = "Whole runs: mean and standard deviation of the seeds; numbers: epochs"
+    draw(path, f"{title}\n{rows[0]['device']}", [Panel("", label, "test accuracy (%)", series)])
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.axes import Axes
 
 from experiment.config import PathFlag
 from experiment.device import Clock, device_name
 from experiment.files import commit, write_csv
-from experiment.plots import STYLE, save
+from experiment.style import STYLE, Label, label_log_axis, save, write_labels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -122,18 +122,30 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
         figure, grid = plt.subplots(lines, columns, layout="constrained", squeeze=False)
         figure.set_size_inches(4 + 5 * columns, 1 + 4 * lines)
         for axes, panel in zip(grid.flat, panels, strict=False):
-            for s in panel.series:
-                look = {"color": s.colour, "label": s.label, "capsize": 3}
-                axes.errorbar(s.x, s.y, s.error, fmt=s.style, **look)
-                for note in zip(s.notes, zip(s.x, s.y, strict=True), strict=False):
-                    axes.annotate(*note, xytext=(7, -12), textcoords="offset points", fontsize=9)
-            axes.set(xscale="log", title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            if panel.names:
-                axes.set_yticks(range(len(panel.names)), panel.names)
-                axes.set_ylim(len(panel.names) - 0.3, -0.7)
-                axes.margins(x=0.2)
-            axes.legend(fontsize=9)
+            draw_panel(axes, panel)
         figure.suptitle(title, fontsize=13)
+        both = [axes.get_legend_handles_labels() for axes in figure.axes]
+        entries = {label: handle for pair in both for handle, label in zip(*pair, strict=True)}
+        if entries:
+            figure.legend(
+                entries.values(), entries, loc="outside lower center", ncols=3, fontsize=10
+            )
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            rows = [zip(s.notes, s.x, s.y, strict=True) for s in panel.series if s.notes]
+            write_labels(
+                figure, axes, [Label(*row, "black") for each in rows for row in each], fontsize=10
+            )
         save(figure, path.parent, path.stem)
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw everything in the frame but the notes."""
+    for s in panel.series:
+        look = {"color": s.colour, "label": s.label, "capsize": 3, "ms": 7}
+        axes.errorbar(s.x, s.y, s.error, fmt=s.style, **look)
+    axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    if panel.names:
+        axes.set_yticks(range(len(panel.names)), panel.names)
+        axes.set_ylim(len(panel.names) - 0.3, -0.7)
+        axes.margins(x=0.35)  # room for the notes
+    label_log_axis(axes)

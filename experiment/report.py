@@ -1,6 +1,6 @@
 """Tables and plots of finished runs.
 
-python -m experiment.report results/latest            write summary.csv, summary.md and plots
+python -m experiment.report results/latest            write tables, plots and report.html
 python -m experiment.report publish SOURCE TARGET     copy what is worth committing
 python -m experiment.report readme                    rewrite the README's table
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 from experiment.errors import UserError
 from experiment.files import write_atomically, write_csv
+from experiment.page import page
 from experiment.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +29,15 @@ METHODS = (
     "node-perturbation",
     "node-perturbation-int8",
 )
-HEADER = (
-    "| method | signal | members | epochs | test accuracy | seconds | over backprop's | memory |\n"
-    "|---|---|---:|---:|---:|---:|---:|---:|\n"
+COLUMNS = (
+    "method",
+    "signal",
+    "members",
+    "epochs",
+    "test accuracy",
+    "seconds",
+    "over backprop's",
+    "memory",
 )
 
 Summary = Mapping[str, Any]
@@ -54,9 +61,13 @@ def _order(summary: Summary) -> tuple:
 
 def read_summary(run: Path) -> Summary:
     """Return summary.json with the row of the table and the fitness."""
-    flags = json.loads((run / "config.json").read_text())["flags"]
+    flags = read_config(run)["flags"]
     row = {"row": run.parent.name, "fitness": flags.get("fitness", "cross-entropy")}
     return row | json.loads((run / "summary.json").read_text())
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    return json.loads((run / "config.json").read_text())
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
@@ -67,8 +78,17 @@ def read_metrics(run: Path) -> list[dict[str, float | None]]:
         ]
 
 
+def read_curves(folder: Path, summaries: Sequence[Summary]) -> dict[str, list]:
+    """Return the metrics of every run, by row."""
+    curves: dict[str, list] = {}
+    for summary in summaries:
+        run = folder / summary["row"] / f"seed{summary['seed']}"
+        curves.setdefault(summary["row"], []).append(read_metrics(run))
+    return curves
+
+
 def write_report(folder: Path) -> list[Path]:
-    """Write and return summary.csv, summary.md and the plots of one experiment."""
+    """Write and return summary.csv, summary.md, the plots and report.html of one experiment."""
     from experiment import plots
 
     runs = finished_runs(folder)
@@ -77,15 +97,27 @@ def write_report(folder: Path) -> list[Path]:
     summaries = list(runs.values())
     write_csv(folder / "summary.csv", summaries, list(summaries[0]))
     write_atomically(folder / "summary.md", f"# Results\n\n{markdown_tables(summaries)}")
-    curves: dict[str, list] = {}
-    for run, summary in runs.items():
-        curves.setdefault(summary["row"], []).append(read_metrics(run))
-    drawn = plots.draw_all(curves, summaries, folder)
-    return [folder / "summary.csv", folder / "summary.md", *drawn]
+    drawn = plots.draw_all(read_curves(folder, summaries), summaries, folder)
+    pictures = [path for path in drawn if path.suffix == ".png"]
+    configs = [read_config(run) for run in runs]
+    html = page(COLUMNS, make_tables(summaries), pictures, configs, folder)
+    write_atomically(folder / "report.html", html)
+    names = ("summary.csv", "summary.md", "report.html")
+    return [*(folder / name for name in names), *drawn]
 
 
 def markdown_tables(summaries: Sequence[Summary]) -> str:
     """Return a table for each dataset and device, with a caption."""
+    header = f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * len(COLUMNS[2:])}\n"
+    tables = []
+    for rows, caption in make_tables(summaries):
+        lines = [f"| {' | '.join(cells)} |\n" for cells in rows]
+        tables.append(f"{header}{''.join(lines)}\n{caption}\n")
+    return "\n".join(tables)
+
+
+def make_tables(summaries: Sequence[Summary]) -> list[tuple[list[Sequence[str]], str]]:
+    """Return rows and a caption for each dataset and device."""
     tables = []
     for dataset, device in dict.fromkeys((s["dataset"], s["device"]) for s in summaries):
         same = [s for s in summaries if (s["dataset"], s["device"]) == (dataset, device)]
@@ -93,20 +125,20 @@ def markdown_tables(summaries: Sequence[Summary]) -> str:
             f"{dataset}, {device}. Test accuracy: mean ± standard deviation (number of seeds); "
             "seconds of training and peak memory: medians."
         )
-        tables.append(f"{HEADER}{_table_rows(same)}\n{caption}\n")
-    return "\n".join(tables)
+        tables.append((_table_rows(same), caption))
+    return tables
 
 
-def _table_rows(summaries: Sequence[Summary]) -> str:
+def _table_rows(summaries: Sequence[Summary]) -> list[Sequence[str]]:
     groups: dict[tuple, list[Summary]] = {}
     for summary in summaries:
         key = (summary["row"], summary["population"], summary["epochs"])
         groups.setdefault(key, []).append(summary)
     backprop = [s for s in summaries if s["row"] == "backprop"]
-    lines = []
+    rows: list[Sequence[str]] = []
     for group in groups.values():
         first, seconds = group[0], _median(group, "train_seconds")
-        cells = (
+        row = (
             first["row"],
             Path(first["fitness"]).name,
             f"{int(first['population']):,}" if first["population"] else "",
@@ -116,8 +148,8 @@ def _table_rows(summaries: Sequence[Summary]) -> str:
             f"{seconds / _median(backprop, 'train_seconds'):,.1f}x" if backprop else "",
             f"{_median(group, 'peak_memory_mb'):,.0f} MB",
         )
-        lines.append("| " + " | ".join(cells) + " |\n")
-    return "".join(lines)
+        rows.append(row)
+    return rows
 
 
 def _median(summaries: Sequence[Summary], column: str) -> float:
@@ -132,8 +164,8 @@ def _mean_and_deviation(accuracies: Sequence[float]) -> str:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Copy the report, each row's config.json and each seed's metrics.csv."""
-    reports = write_report(source)
+    """Copy tables and plots, each row's config.json and each seed's metrics.csv."""
+    reports = [path for path in write_report(source) if path.suffix != ".html"]
     target.mkdir(parents=True, exist_ok=True)
     for path in reports:
         shutil.copy(path, target / path.name)

@@ -1,58 +1,15 @@
-"""Tables and plots say what the numbers say."""
+"""Tables and the page say what the numbers say."""
 
+import base64
 import csv
 import json
+from html.parser import HTMLParser
 
-import matplotlib.pyplot as plt
 import pytest
-from conftest import ROOT, captured
+from conftest import ROOT, call, captured
+from reports import summary, write_run
 
-from experiment import plots, report
-from experiment.files import write_csv, write_json
-
-
-def summary(row, seed, accuracy, seconds, **values):
-    return {
-        "row": row,
-        "fitness": "cross-entropy",
-        "method": row.partition("+")[0],
-        "dataset": "mnist",
-        "seed": seed,
-        "epochs": 10,
-        "population": None,
-        "test_accuracy": accuracy,
-        "train_seconds": seconds,
-        "peak_memory_mb": 100.0,
-        "device": "cpu: X, 2 threads",
-        "status": "finished",
-    } | values
-
-
-def write_run(folder, row, seed, accuracy, **values):
-    run = folder / row / f"seed{seed}"
-    run.mkdir(parents=True)
-    record = summary(row, seed, accuracy, 1.0, **values)
-    del record["row"], record["fitness"]  # the folder and config.json name them
-    write_json(run / "summary.json", record)
-    fitness = "file.py:f" if row.endswith("macro-F1") else "cross-entropy"
-    write_json(run / "config.json", {"flags": {"fitness": fitness, "seed": seed}})
-    write_csv(run / "metrics.csv", curve(accuracy), list(curve(accuracy)[0]))
-
-
-def curve(final, epochs=10, seconds=1.0):
-    return [
-        {
-            "epoch": epoch,
-            "train_seconds": seconds * epoch,
-            "forward_passes_per_image": epoch,
-            "test_accuracy": 0.1 + (final - 0.1) * epoch / epochs,
-            "train_cross_entropy": 2.3 - epoch / epochs,
-        }
-        for epoch in range(epochs + 1)
-    ]
-
-
-# ---- tables ----
+from experiment import plots, report, style
 
 
 def test_the_table_states_mean_deviation_seeds_medians_and_ratio():
@@ -96,26 +53,72 @@ def test_only_finished_runs_are_reported_in_the_order_of_the_methods(tmp_path):
     ]
 
 
+class Page(HTMLParser):
+    """Collects the cells, the text, and every attribute that makes a browser load something."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.cells, self.texts, self.loaded, self.tags = [], [], [], set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag == "td":
+            self.cells.append("")
+
+    def handle_data(self, data):
+        self.texts.append(data)
+        if self.cells and not self.cells[-1]:
+            self.cells[-1] = data
+
+    def pictures(self):
+        """Return the data of all pictures; a source that is no data fails."""
+        sources = [source.partition("data:image/png;base64,") for source in self.loaded]
+        assert all(before == "" for before, _, _ in sources)
+        return [base64.b64decode(data) for _, _, data in sources]
+
+
 def report_command(*words):
     return captured("report", words, lambda: report.run_script(report.main, "experiment.report"))
 
 
-def test_a_report_is_written_and_published(tmp_path):
+def test_a_report_is_written_and_published(tmp_path, monkeypatch):
+    monkeypatch.setitem(style.STYLE, "savefig.dpi", 30)  # to be quick
     rows = ("backprop", "eggroll", "backprop+sign", "eggroll+sign", "eggroll+macro-F1")
     for row in rows:
         for seed in (0, 1):
             write_run(tmp_path / "latest", row, seed, 0.9 + seed / 100)
     done = report_command(tmp_path / "latest")
     assert done.returncode == 0 and "| eggroll+macro-F1 | file.py:f |" in done.stdout, done.stderr
-    assert (tmp_path / "latest" / "any_signal.png").stat().st_size > 10_000
+    pictures = Page((tmp_path / "latest" / "report.html").read_text()).pictures()
+    images = [path.read_bytes() for path in (tmp_path / "latest").glob("*.png")]
+    assert sorted(pictures) == sorted(images) and len(images) == 6
     assert report_command("publish", tmp_path / "latest", tmp_path / "kept").returncode == 0
     assert len(list((tmp_path / "kept").glob("*/seed*/metrics.csv"))) == 2 * len(rows)
     config = json.loads((tmp_path / "kept" / "eggroll" / "config.json").read_text())
     assert config["flags"]["seed"] == 0
     for name in ("accuracy_by_epoch.svg", "fitness.png", "time_and_memory.png", "summary.md"):
         assert (tmp_path / "kept" / name).exists()
+    assert not (tmp_path / "kept" / "report.html").exists()  # its pictures lie beside it
     with (tmp_path / "kept" / "summary.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 2 * len(rows)
+
+
+def test_committed_results_are_drawn_again_from_the_same_numbers(tmp_path, monkeypatch):
+    for seed in (0, 1):
+        write_run(tmp_path / "latest", "backprop", seed, 0.9 + seed / 100)
+        write_run(tmp_path / "latest", "eggroll+sign", seed, 0.8, population=64)
+    drawn = []
+    monkeypatch.setattr(plots, "draw_all", lambda *given: drawn.append(given) or [])
+    assert report_command("publish", tmp_path / "latest", tmp_path / "kept").returncode == 0
+    assert call("benchmarks/redraw.py", tmp_path / "kept").returncode == 0
+    (curves, rows, _), (curves_again, rows_again, folder) = drawn
+    assert folder == tmp_path / "kept" and curves == curves_again
+    for name in ("row", "dataset", "device", "test_accuracy", "train_seconds", "peak_memory_mb"):
+        assert [row[name] for row in rows] == [row[name] for row in rows_again]
+    done = call("benchmarks/redraw.py", tmp_path / "nowhere")
+    assert done.returncode == 2 and "summary.csv" in done.stderr
 
 
 @pytest.mark.parametrize(("words", "said"), [((), "got nothing"), (("{tmp}",), "no finished run")])
@@ -131,46 +134,42 @@ def test_the_readmes_table_is_replaced_between_the_markers():
     assert new.endswith(f"{report.END}\nrest\n") and report.readme_with_table(new) == new
 
 
-# ---- plots ----
+# ---- the page ----
 
-CURVES = {"backprop": [curve(0.98), curve(0.982)], "eggroll": [curve(0.94, 3, 60.0)]}
-
-
-@pytest.mark.parametrize(("column", "log"), [("epoch", False), ("train_seconds", True)])
-@pytest.mark.parametrize("final", [0.3, 0.85, 0.98])
-def test_labels_of_the_accuracy_axis_are_the_values_at_their_ticks(column, log, final):
-    curves = CURVES | {"eggroll": [curve(final, 3, 60.0)]}
-    figure = plots.accuracy_figure(curves, column, "label", log, "title")
-    figure.canvas.draw()
-    labels = figure.axes[0].get_yticklabels()
-    assert len(labels) >= 4
-    for label in labels:
-        assert float(label.get_text().removesuffix(" %")) == pytest.approx(label.get_position()[1])
-    plt.close(figure)
+CONFIG = {
+    "command": ["mnist_eggroll.py", "eggroll", "--fitness", "my own.py:f"],
+    "device": "cpu: X, 2 threads",
+    "versions": {"python": "3.11.7", "torch": "2.15.0"},
+    "commit": "0123abc",
+}
 
 
-def test_the_final_accuracy_of_each_method_is_written_beside_its_curve():
-    figure = plots.accuracy_figure(CURVES, "epoch", "epoch", False, "title")
-    assert {text.get_text() for text in figure.axes[0].texts} == {"98.1 %", "94.0 %"}
-    plt.close(figure)
+def page_of(folder, *rows, **config):
+    (folder / "plot.png").write_bytes(b"picture")
+    tables, configs = report.make_tables(rows), [CONFIG | config, CONFIG | config]
+    html = report.page(report.COLUMNS, tables, [folder / "plot.png"], configs, folder)
+    return html, Page(html)
 
 
-def test_the_any_signal_figure_has_a_number_for_each_label_and_method():
-    rows = [
-        summary("backprop", 0, 0.98, 1.0),
-        summary("node-perturbation", 0, 0.97, 1.0),
-        summary("backprop+sign", 0, 0.5, 1.0),
-        summary("node-perturbation+sign", 0, 0.95, 1.0),
-        summary("node-perturbation+macro-F1", 0, 0.96, 1.0),
-    ]
-    figure = plots.any_signal_figure(rows, "mnist")
-    panels = [{text.get_text() for text in axes.texts} for axes in figure.axes]
-    assert panels == [{"98.0", "97.0", "50.0", "95.0"}, {"97.0", "96.0"}]
-    ticks = [[t.get_text() for t in axes.get_yticklabels()] for axes in figure.axes]
-    assert ticks == [["gelu", "sign"], ["cross-entropy", "macro-F1"]]
-    plt.close(figure)
+def test_the_page_holds_the_table_the_plots_the_environment_and_the_commands(tmp_path):
+    _, page = page_of(tmp_path, summary("backprop", 0, 0.97, 10.0))
+    assert page.cells[0] == "backprop" and "97.00 % (1)" in page.cells
+    assert page.pictures() == [b"picture"]
+    text = " ".join(page.texts)
+    for expected in (
+        "cpu: X, 2 threads, python 3.11.7, torch 2.15.0, commit 0123abc",
+        "python mnist_eggroll.py eggroll --fitness 'my own.py:f'",
+        f"python -m experiment.report {tmp_path}",
+    ):
+        assert expected in text
+    assert text.count("commit 0123abc") == 1  # one line for all runs of one machine
 
 
-def test_every_method_has_one_colour_of_its_own():
-    colours = {plots.colour(method) for method in report.METHODS}
-    assert len(colours) == len(report.METHODS) and plots.colour("another") not in colours
+def test_the_page_loads_nothing_and_escapes_text(tmp_path):
+    name = "<script>alert(1)</script> & co"
+    row = summary("backprop", 0, 0.97, 10.0, device=name, fitness="<b>.py:f")
+    html, page = page_of(tmp_path, row, device=name, command=["run.py", "<i>"])
+    assert page.pictures() and not {"script", "link", "iframe", "b", "i"} & page.tags
+    assert "://" not in html and "url(" not in html and "@import" not in html
+    text = " ".join(page.texts)
+    assert f"mnist, {name}" in text and "<b>.py:f" in text and "'<i>'" in text  # as typed

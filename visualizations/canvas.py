@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from experiment.plots import STYLE
+from experiment.style import STYLE
 
 POSITIVE, NEGATIVE = "#e07b26", "#2f6db3"
 INK, GREY = "#222222", "#666666"

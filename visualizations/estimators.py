@@ -21,7 +21,7 @@ from eggroll.evolution import Estimator
 from eggroll.noise import generator
 from experiment.config import Config
 from experiment.data import SAMPLE, load
-from experiment.plots import COLOURS
+from experiment.style import COLOURS
 from model import MLP
 from visualizations.canvas import GREY, HEADING, arrow, box, caption, heatmap, sheet, write
 

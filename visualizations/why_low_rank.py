@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
 
 from eggroll import BlockLowRank
-from experiment.plots import COLOURS
+from experiment.style import COLOURS
 from visualizations.canvas import BODY, GREY, HEADING, SMALL, TITLE, WIDTH
 
 WIDTHS = 2 ** np.arange(6, 15)  # 64 to 16,384: outputs and inputs of a square layer

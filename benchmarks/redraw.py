@@ -1,0 +1,51 @@
+"""Draw the plots of committed results again, from their CSV files.
+
+python benchmarks/redraw.py results/reference/third-edition
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
+
+from benchmarks import frontier, speed
+from benchmarks.rows import Row
+from experiment import plots
+from experiment.errors import UserError
+from experiment.report import read_curves
+from experiment.script import run_script
+
+PLOTS = {"frontier.csv": frontier.plot, "speed.csv": speed.plot}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a CSV file, numbers as floats."""
+    with path.open() as file:
+        return [{name: number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+
+
+def number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case [name] if (Path(name) / "summary.csv").exists():
+            folder = Path(name)
+        case words:
+            raise UserError(f"expected a folder that holds a summary.csv, got {' '.join(words)}")
+    summaries = [row | {"seed": int(row["seed"])} for row in read_rows(folder / "summary.csv")]
+    for path in plots.draw_all(read_curves(folder, summaries), summaries, folder):
+        print(path)
+    for name, plot in PLOTS.items():
+        if (folder / name).exists():
+            plot(read_rows(folder / name), folder / name)
+            print(f"{folder / name}, plot beside it")
+
+
+if __name__ == "__main__":
+    run_script(main, "redraw.py")
