@@ -42,8 +42,9 @@ class Loops:
             return None
 
     def available(self, x: Tensor) -> bool:
-        """Return whether the loops can be used on this tensor."""
-        return x.device.type == "cpu" and self.library is not None
+        """Return whether the loops can be used on this tensor, which has no data while traced."""
+        traced = torch.compiler.is_compiling()
+        return x.device.type == "cpu" and not traced and self.library is not None
 
     def call(self, name: str, *args: Tensor | int) -> None:  # bools too
         """Call a function with torch's number of threads, and these contiguous tensors."""
