@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cached_property
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)  # Apple's compiler has none: one thread
+FLAGS = ("-O3", "-march=native", *OPENMP, "-shared", "-fPIC", "-std=c++17")
 
 
 class Loops:
