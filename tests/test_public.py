@@ -1,10 +1,16 @@
 """Files that a visitor of the public repository expects: workflow, citation, metadata, notebook."""
 
+import json
+import os
 import re
+import shutil
+import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from test_shell import write_program
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
@@ -44,3 +50,41 @@ def test_the_citation_agrees_with_the_package_and_the_readme():
     assert PROJECT["urls"]["Paper"] in citation and PROJECT["urls"]["Paper"] in readme
     names = re.findall(r"family-names: (\w+)", citation)
     assert f"{', '.join(names)} et al." in readme
+
+
+def notebook_as_a_script():
+    """Return the code of the notebook's cells, with `!command` as a call of a shell."""
+    cells = json.loads((ROOT / "notebooks" / "eggroll_mnist.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) == 4
+    shell = r"subprocess.run(r'''\1''', shell=True, check=True)"
+    return re.sub(r"^!(.*)$", shell, "\n\n".join(code), flags=re.MULTILINE)
+
+
+def test_the_notebook_runs_in_a_checkout(tmp_path, monkeypatch, capfd):
+    ignored = shutil.ignore_patterns(".*", "results", "data", "build", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "copy", ignore=ignored)
+    stand_in = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    write_program(tmp_path / "copy" / ".venv" / "bin" / "python", stand_in)
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        os.utime(tmp_path / "copy" / name, (0, 0))
+        (tmp_path / "copy" / ".venv" / f"installed-{name}").touch()
+    display = SimpleNamespace(Image=str, Markdown=str, display=print)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setenv("METHODS", "backprop")
+    monkeypatch.setenv("FLAGS", "--dataset mnist-sample --hidden-dim 8 --epochs 1")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path / "copy" / "notebooks")
+    exec(notebook_as_a_script(), {})
+    shown = capfd.readouterr().out
+    assert "| backprop | cross-entropy |" in shown
+    plots = re.findall(r"^results/quick/.*png$", shown, re.MULTILINE)
+    assert plots and all((tmp_path / "copy" / path).exists() for path in plots)
+    assert float(re.search(r"([\d.]+)% of the test labels", shown)[1]) > 90
+
+
+def test_the_notebook_outside_of_a_checkout_asks_for_the_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="type the repository's address"):
+        exec(notebook_as_a_script(), {})
