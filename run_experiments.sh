@@ -15,7 +15,7 @@
 #
 # After Ctrl-C the same command goes on; finished runs are skipped.
 set -eo pipefail
-case " $* " in *" --help "* | *" -h "*) exec sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" ;; esac
+case " $* " in *" --help "* | *" -h "*) exec sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.sh
 use_python requirements.txt

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests; arguments go to pytest. --setup-only builds the environment and stops.
-set -euo pipefail
+set -eo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup.sh
 use_python requirements-dev.txt
-[ "${1:-}" = --setup-only ] || exec "$PYTHON" -m pytest "$@"
+[ "$1" = --setup-only ] || exec "$PYTHON" -m pytest "$@"

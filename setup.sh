@@ -1,5 +1,6 @@
 # Sourced by run_experiments.sh and run_tests.sh. use_python REQUIREMENTS sets PYTHON to a Python that
 # has them: the one in .venv, which is built first, on top of python3's PyTorch where it has one.
+# Not for set -u: in macOS's bash 3.2 an empty array is an unset variable.
 
 use_python() {
     local requirements=$1 stamp=.venv/installed-$1 constraints=(-c requirements.lock)

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cached_property
@@ -11,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)  # Apple's compiler has none: one thread
+FLAGS = ("-O3", "-march=native", *OPENMP, "-shared", "-fPIC", "-std=c++17")
 
 
 class Loops:
@@ -42,8 +44,9 @@ class Loops:
             return None
 
     def available(self, x: Tensor) -> bool:
-        """Return whether the loops can be used on this tensor."""
-        return x.device.type == "cpu" and self.library is not None
+        """Return whether the loops can be used on this tensor, which has no data while traced."""
+        traced = torch.compiler.is_compiling()
+        return x.device.type == "cpu" and not traced and self.library is not None
 
     def call(self, name: str, *args: Tensor | int) -> None:  # bools too
         """Call a function with torch's number of threads, and these contiguous tensors."""

@@ -48,7 +48,7 @@ class Config:
     seed: int = 0
     """Random seed (weights, data order and noise)."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA, else Apple's MPS, else the CPU."""
+    """auto: CUDA, else the CPU; Apple's MPS by name alone, since nothing was measured on it."""
     no_graph: bool = False
     """On CUDA, launch a step's kernels one by one, not as one graph."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None

@@ -11,26 +11,33 @@ from pathlib import Path
 import torch
 
 from experiment import distributed
+from experiment.device_check import check_device
 from experiment.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that --device names. Raises UserError where it is not available."""
+    """Return the device that --device names.
+
+    Raises UserError where it is not available, and for an MPS that computes wrongly.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = "cuda" if available["cuda"] else "cpu"
     if not available[name]:
         raise UserError(f"--device {name} is not available on this machine (try --device cpu)")
     if name == "cuda":
         torch.cuda.set_device(distributed.local_rank())
         return torch.device("cuda", distributed.local_rank())
+    device = torch.device(name)
     if name == "cpu":
         keep_freed_memory()
-    return torch.device(name)
+    else:
+        check_device(device)
+    return device
 
 
 def keep_freed_memory() -> None:

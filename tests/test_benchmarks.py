@@ -1,6 +1,7 @@
 """Tests that each benchmark runs at a small size and that its rows say what they promise."""
 
 import json
+import shutil
 import sys
 import tarfile
 
@@ -160,6 +161,7 @@ def test_gpu_script_does_not_start_without_a_card_or_mnist(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not shutil.which("timeout"), reason="gpu.sh needs GNU's timeout")
 def test_gpu_script_continues_after_a_stage_that_fails(tmp_path):
     python, out = tmp_path / "python", tmp_path / "out"
     python.write_text(

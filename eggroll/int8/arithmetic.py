@@ -24,7 +24,8 @@ kernels = Loops(
 def int_matmul(x: Tensor, y: Tensor) -> Tensor:
     """Return x @ y, int32 (N, M), for int8 x (N, K) and y (K, M)."""
     columns = y.shape[1]
-    if x.device.type != "cpu" or FLOAT_IS_FASTER:
+    exported = torch.compiler.is_exporting()  # ONNX has no aten._int_mm
+    if x.device.type != "cpu" or FLOAT_IS_FASTER or exported:
         parts = zip(x.split(FLOAT_EXACT, 1), y.split(FLOAT_EXACT), strict=True)
         return reduce(torch.add, (float_matmul(*part) for part in parts))
     if columns % 16:  # a CPU is fastest with multiples of 16
