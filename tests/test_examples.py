@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, call, run_command
+from torch.nn import functional as F
 
 from eggroll import accuracy
+from examples.spiking import SpikingMLP, spikes
 from experiment.fitness_file import load_fitness
 
 EXAMPLES = ROOT / "examples"
@@ -58,13 +60,38 @@ def test_the_command_that_evaluates_a_run_by_a_fitness(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("example", "least"), [("own_network.py", 87.0), ("binary_weights.py", 89.0)]
+    ("example", "least", "flags"),
+    [
+        ("own_network.py", 87.0, ()),
+        ("binary_weights.py", 89.0, ()),
+        ("spiking.py", 60.0, ("--epochs", "1")),
+    ],
 )
-def test_a_network_learns_in_seconds(example, least):
-    done = run_command(sys.executable, *commands_in(example)[0])
+def test_a_network_learns_in_seconds(example, least, flags):
+    done = run_command(sys.executable, *commands_in(example)[0], *flags)
     assert done.returncode == 0, done.stderr
-    assert float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1]) > least
-    assert not done.stderr
+    assert float(re.findall(r"accuracy ([\d.]+)%", done.stdout)[-1]) > least
+    warned = re.findall(r"Warning: (.*)", done.stderr)
+    embedding = ["not evolved, since no nn.Linear uses them: ink.weight"]
+    assert warned == (embedding if example == "own_network.py" else [])
+
+
+def test_a_unit_spikes_where_its_leaky_potential_reaches_1_which_is_then_subtracted():
+    currents = torch.tensor([[0.4, 0.0, 2.0], [0.4, 1.0, 0.0], [0.4, 0.0, -1.0], [0.4, 0.0, 0.9]])
+    # unit 0: 0.4, 0.76, 1.084 - 1, 0.4756; unit 2: 2 - 1, 0.9, -0.19, 0.729
+    expected = torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]])
+    torch.testing.assert_close(spikes(currents), expected)
+
+
+def test_backprop_trains_the_last_of_the_spiking_layers_alone():
+    network, calls = SpikingMLP(hidden_dim=16), []
+    for layer in network.layers:
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    F.cross_entropy(network(torch.randn(5, 784)), torch.arange(5)).backward()
+    first, second, last = network.layers
+    assert calls == [first, second, last]  # each once, for all time steps
+    assert first.weight.grad is None and second.weight.grad is None
+    assert last.weight.grad.abs().sum() > 0
 
 
 def test_binary_weights_take_the_flags_of_the_scripts(mnist_dir):
