@@ -47,15 +47,16 @@ from model import MLP
 BATCH = 128
 POINTS = ("start", "middle", "end")
 Estimator = BlockLowRank | LowRank | NodePerturbation
+OTHERS = ({"rank": 4}, {"sigma": 0.002}, {"sigma": 0.1})
 # An estimator, and what is changed, one setting at a time; 33 members are a direction of each layer
 SWEEPS: dict[str, tuple[Estimator, tuple[dict, ...]]] = {
     "eggroll": (
         BlockLowRank(2112, shaping=identity),
-        ({"population": 528}, {"population": 8448}, {"rank": 4}, {"sigma": 0.002}, {"sigma": 0.1}),
+        (*({"population": 33 * n} for n in (16, 256, 1024)), *OTHERS),
     ),
     "eggroll-dense": (
         LowRank(1000, shaping=identity),
-        ({"population": 250}, {"population": 4000}, {"rank": 4}, {"sigma": 0.002}, {"sigma": 0.1}),
+        (*({"population": n} for n in (250, 4000, 16000)), *OTHERS),
     ),
     "node-perturbation": (
         NodePerturbation(132),
