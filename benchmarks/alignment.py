@@ -1,6 +1,6 @@
 """Cosine and norm of each estimator's gradient against autograd's, beside what theory says.
 
-python benchmarks/alignment.py --csv alignment.csv    # ten minutes on two cores
+python benchmarks/alignment.py --csv alignment.csv    # ten minutes of one core
 python benchmarks/alignment.py --quick                # half a minute
 
 Over population, rank and sigma, layer by layer and for all weights together, at the start, in the
@@ -48,11 +48,12 @@ BATCH = 128
 POINTS = ("start", "middle", "end")
 Estimator = BlockLowRank | LowRank | NodePerturbation
 OTHERS = ({"rank": 4}, {"sigma": 0.002}, {"sigma": 0.1})
-# An estimator, and what is changed, one setting at a time; 33 members are a direction of each layer
+# An estimator, and what is changed, one setting at a time. A direction of each layer has
+# 65 members of eggroll, 33 of node-perturbation
 SWEEPS: dict[str, tuple[Estimator, tuple[dict, ...]]] = {
     "eggroll": (
-        BlockLowRank(2112, shaping=identity),
-        (*({"population": 33 * n} for n in (16, 256, 1024)), *OTHERS),
+        BlockLowRank(65 * 32, shaping=identity),
+        (*({"population": 65 * n} for n in (8, 130, 520)), *OTHERS),
     ),
     "eggroll-dense": (
         LowRank(1000, shaping=identity),
