@@ -56,7 +56,7 @@ FILE = Path(__file__).with_suffix(".gif")
 
 
 class Recording(NamedTuple):
-    """What the film shows of one method, frame by frame."""
+    """One method, frame by frame."""
 
     steps: np.ndarray  # (frames,)
     weights: np.ndarray  # (frames, units, 28, 28), of the first layer
