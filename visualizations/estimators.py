@@ -205,11 +205,13 @@ def _draw_direction(axes: Axes) -> None:
         left += 0.3
     write(axes, LEFTS[1] + 0.57, middle - 0.68, "direction", va="top", color=GREY)
     write(axes, left - 0.53, middle - 0.68, "members", va="top", color=GREY)
-    units, members = BlockLowRank().units, measure("eggroll").members
+    blocks, nodes = (measure(preset).members for preset in ("eggroll", "node-perturbation"))
     note = (
-        f"a direction moves all {units * members} units and\nserves K = {members} members: the "
-        "activation\nis computed once for all of them, and at\nthe next linear layer each member "
-        f"takes\nits own {units} units"
+        "a direction moves all units of a layer;\n"
+        f"it serves K = {blocks} members (BlockLowRank)\n"
+        f"or {nodes} (NodePerturbation): one activation\n"
+        "for all, and at the next linear layer each\n"
+        "member takes its own block of units"
     )
     write(axes, left + 0.2, ROWS["directions"][0], note, ha="left")
 

@@ -9,10 +9,16 @@ import matplotlib.pyplot as plt
 import tyro
 
 from experiment.script import run_script
-from visualizations import estimators, how_eggroll_works, why_low_rank
+from visualizations import (
+    estimators,
+    how_eggroll_works,
+    one_direction,
+    what_scores_tell,
+    why_low_rank,
+)
 from visualizations.canvas import SHEET_STYLE
 
-FIGURES = (how_eggroll_works, estimators, why_low_rank)
+FIGURES = (how_eggroll_works, estimators, one_direction, what_scores_tell, why_low_rank)
 FOLDER = Path(__file__).resolve().parent
 
 
