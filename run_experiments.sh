@@ -31,6 +31,7 @@ out=${RESULTS_DIR:-results/${quick:+quick}}
 for method in $methods; do
     [[ " $known " == *" $method "* ]] || fail "METHODS must name some of $known, got $method"
 done
+export MPLBACKEND=agg  # Jupyter names a backend that .venv need not have
 sample=$("$PYTHON" -m experiment.data "${flags[@]}")  # flags for the sample where MNIST is missing
 train=($sample --train-on-all)
 

@@ -72,6 +72,7 @@ def test_the_notebook_runs_in_a_checkout(tmp_path, monkeypatch, capfd):
     display = SimpleNamespace(Image=str, Markdown=str, display=print)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=display))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setenv("MPLBACKEND", "module://not_in_this_environment")  # as Jupyter does
     monkeypatch.setenv("METHODS", "backprop")
     monkeypatch.setenv("FLAGS", "--dataset mnist-sample --hidden-dim 8 --epochs 1")
     monkeypatch.setattr(sys, "path", [*sys.path])
