@@ -56,12 +56,14 @@ def _contrast(levels: np.ndarray) -> np.ndarray:
     """
     coarse = Image.fromarray(np.rint(levels).astype(np.uint8))
     coarse.thumbnail((PAPER, PAPER), Image.Resampling.BOX)
-    reach = max(1, max(coarse.size) // 6)  # more than half the width of a pen
+    # more than half the width of a pen; a reflection takes less than the shorter side
+    reach = max(1, min(max(coarse.size) // 6, min(coarse.size) - 1))
     deviation = np.asarray(coarse, float) - coarse.filter(ImageFilter.GaussianBlur(1.5 * reach))
     if (deviation**3).sum() > 0:  # the ink is what deviates most
         levels, coarse = 255 - levels, ImageOps.invert(coarse)
-    # odd reflection continues a gradient of the light beyond the border
+    # odd reflection continues a gradient of the light beyond the border, and brightens ink there
     padded = np.pad(np.asarray(coarse, np.float32), reach, "reflect", reflect_type="odd")
+    padded = padded.clip(max=np.max(coarse))
     paper = Image.fromarray(padded).filter(ImageFilter.MaxFilter(2 * reach + 1))
     paper = ImageOps.crop(paper.filter(ImageFilter.MinFilter(2 * reach + 1)), reach)
     paper = np.asarray(paper.resize(levels.shape[::-1], Image.Resampling.BILINEAR))
