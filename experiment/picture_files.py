@@ -66,7 +66,9 @@ def _read_digit(path: Path) -> np.ndarray:
     except PermissionError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three
-        raise UserError(f"{path} cannot be read as a picture: expected PNG, JPEG...") from error
+        raise UserError(
+            f"{path} cannot be read as a picture: expected a PNG or JPEG file, say"
+        ) from error
     try:
         return as_mnist(picture)
     except UserError as error:

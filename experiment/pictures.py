@@ -63,7 +63,7 @@ def _contrast(levels: np.ndarray) -> np.ndarray:
         levels, coarse = 255 - levels, ImageOps.invert(coarse)
     # odd reflection continues a gradient of the light beyond the border, and brightens ink there
     padded = np.pad(np.asarray(coarse, np.float32), reach, "reflect", reflect_type="odd")
-    padded = padded.clip(max=np.max(coarse))
+    padded = padded.clip(max=np.asarray(coarse).max())
     paper = Image.fromarray(padded).filter(ImageFilter.MaxFilter(2 * reach + 1))
     paper = ImageOps.crop(paper.filter(ImageFilter.MinFilter(2 * reach + 1)), reach)
     paper = np.asarray(paper.resize(levels.shape[::-1], Image.Resampling.BILINEAR))
