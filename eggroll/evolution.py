@@ -98,7 +98,7 @@ class Evolution:
         if self._loops:
             self._loops.begin(self.calls, self._score(labels))
         scores = self.baseline.new_zeros(self.population, *self.baseline.shape)
-        rank, processes = _process()
+        rank, processes = process()
         for number, chunk in enumerate(self._chunks()):
             if number % processes == rank:
                 scores[chunk.members] = self._scores(chunk, inputs, labels)
@@ -410,8 +410,8 @@ class Evolution:
             self.smoothing.scale.copy_(state["scale"])
 
 
-def _process() -> tuple[int, int]:
-    """Rank of this process, and the number of processes."""
+def process() -> tuple[int, int]:
+    """Return the rank of this process, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1

@@ -21,10 +21,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from eggroll.evolution import Evolution
+from eggroll.evolution import Evolution, process
 
 Batch = tuple[Tensor, ...]
 Work = Callable[[], None]
@@ -74,9 +73,9 @@ class GraphedStep:
     ):
         self.train, self.network = train, network
         self.optimizer, self.evolution = optimizer, evolution
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        cuda = next(network.parameters()).is_cuda
-        self.capture: Capture | None = capture_cuda_graph if graph and alone and cuda else None
+        _, processes = process()
+        graph = graph and processes == 1 and next(network.parameters()).is_cuda
+        self.capture: Capture | None = capture_cuda_graph if graph else None
         self._replay: Work | None = None
         self._fitness = torch.zeros(())
 
