@@ -16,7 +16,7 @@ from experiment.device import choose_device
 from experiment.optim import make_optimizer, make_schedule
 from experiment.run import Run
 from experiment.script import run_script
-from model import MLP
+from model import mlp_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,7 @@ def main() -> None:
     method, config = parse(PRESETS, __doc__)
     device = choose_device(config.device)
     data = load(config, device)
-    network = MLP(
-        hidden_dim=config.hidden_dim,
-        activation=config.activation,
-        bias=config.bias,
-        seed=config.seed,
-        init_scale=config.init_scale,
-    ).to(device)
+    network = mlp_of(config).to(device)
     optimizer = make_optimizer(network, config)
     schedule = make_schedule(optimizer, config, config.epochs * data.steps(config.batch_size))
 

@@ -32,7 +32,7 @@ from experiment.fitness_file import load_fitness
 from experiment.optim import make_optimizer, make_schedule
 from experiment.run import Run
 from experiment.script import run_script
-from model import MLP
+from model import mlp_of
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,9 @@ def scaled_lr(config: Config, usual: Config, population: int) -> float:
         return config.lr
     counts = usual.es.population
     ratio = population / (sum(counts) if isinstance(counts, tuple) else counts)
+    scale = ratio**0.5 * (usual.epochs / config.epochs) ** 0.3
     if isinstance(config.es, NodePerturbation):
         scale = min(1.0, ratio)
-    else:
-        scale = ratio**0.5 * (usual.epochs / config.epochs) ** 0.3
     return config.lr * scale if abs(scale - 1) > 0.02 else config.lr
 
 
@@ -109,13 +108,7 @@ def main() -> None:
     fitness, smoothing = make_fitness(config)
     distributed.join(device)
     data = load(config, device)
-    network = MLP(
-        hidden_dim=config.hidden_dim,
-        activation=config.activation,
-        bias=config.bias,
-        seed=config.seed,
-        init_scale=config.init_scale,
-    ).to(device)
+    network = mlp_of(config).to(device)
     evolution = Evolution(network, fitness, config.es, config.seed, smoothing)
     evolution.inspect(data.scale(data.train.images[: config.batch_size]))
     scaled = replace(config, lr=scaled_lr(config, PRESETS[preset], evolution.population))

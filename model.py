@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,3 +89,9 @@ class MLP(nn.Module):
         for layer in hidden:
             x = self.activation(layer(x))
         return last(x)
+
+
+def mlp_of(config: Any) -> MLP:
+    """Return the MLP that a script's flags describe."""
+    names = ("hidden_dim", "activation", "bias", "seed", "init_scale")
+    return MLP(**{name: getattr(config, name) for name in names})
