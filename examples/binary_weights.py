@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from eggroll import Evolution, NodePerturbation, accuracy, cross_entropy
 from experiment.config import FloatConfig, check
 from experiment.data import load
+from experiment.device import set_threads
 from experiment.optim import make_optimizer, make_schedule
 from experiment.script import run_script
 
@@ -39,6 +40,8 @@ class Flags:
     """Random seed (weights, data order and noise)."""
     train_on_all: bool = False
     """Train on all 60,000 images (no validation split)."""
+    threads: int | None = None
+    """CPU threads (None: one per core)."""
 
 
 class BinaryLinear(nn.Linear):
@@ -52,6 +55,7 @@ def main() -> None:
     flags = tyro.cli(Flags, config=(tyro.conf.FlagCreatePairsOff,))
     config = FloatConfig(**vars(flags), lr=0.06, schedule="onecycle")
     check(config)
+    set_threads(config.threads)
     data = load(config, torch.device("cpu"))
     torch.manual_seed(config.seed)
     sizes = ((784, 256), (256, 256), (256, 10))

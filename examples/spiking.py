@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eggroll import Evolution, NodePerturbation, cross_entropy
+from examples import binary_weights
 from experiment.config import FloatConfig, check
 from experiment.data import Dataset, load
 from experiment.device import keep_freed_memory, set_threads
@@ -35,21 +34,11 @@ Backward = Callable[[Tensor, Tensor], None]  # fills .grad, from inputs (B, 784)
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(binary_weights.Flags):
     """Train spiking units by evolution and by backprop, and print the test accuracies."""
 
-    dataset: Literal["mnist", "fashion-mnist", "kmnist", "mnist-sample"] = "mnist-sample"
-    """Images to train on; mnist-sample is 5,000 digits of MNIST that need no network."""
-    data_dir: Path | None = None
-    """Folder in torchvision's layout (None: $MNIST_DIR, else data)."""
     epochs: int = 4
     """Passes over the training images."""
-    seed: int = 0
-    """Random seed (weights, data order and noise)."""
-    train_on_all: bool = False
-    """Train on all 60,000 images (no validation split)."""
-    threads: int | None = None
-    """CPU threads (None: one per core)."""
 
 
 def spikes(currents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a card computes, against the CPU and against itself. Skipped without one."""
+"""Compare what a card computes with the CPU and with itself; skipped without one."""
 
 import copy
 
