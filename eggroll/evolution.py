@@ -11,7 +11,6 @@ Shapes: P members, B examples, I / O inputs / outputs of a layer.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from eggroll.block_low_rank import BlockLowRank
 from eggroll.blocks import Blocks, Call, Chunk, Draw, Layer, PopulationError
 from eggroll.fitness import Fitness, check_finite, check_scores, diverged
-from eggroll.inspection import Probe, check_leading_axis
+from eggroll.inspection import Forward, check_leading_axis, route, warn_of_fixed
 from eggroll.low_rank import LowRank
 from eggroll.mlp_loops import LINEAR, MlpLoops, Score, find, score_of
 from eggroll.node_perturbation import NodePerturbation
@@ -32,8 +31,6 @@ from eggroll.noise import generator, generator_seed
 from eggroll.smoothing import Smoothing
 
 Estimator = BlockLowRank | LowRank | NodePerturbation
-# Output of a layer in the population's forward, of: position of the call, index of the layer, input
-Forward = Callable[[int, int, Tensor], Tensor]
 
 # Numbers in the largest tensor of a chunk: what a CPU's caches hold, and enough to fill a card
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -326,12 +323,12 @@ class Evolution:
             self._record(inputs)
             for layer in self.layers:
                 if layer.evolves:
-                    self._route(layer, inputs)
+                    route(layer, self.layers, self._run, inputs)
             evolving = self._plan()
         finally:
             for module, mode in zip(self.network.modules(), training, strict=True):
                 module.training = mode
-        self._warn_of_fixed(evolving)
+        warn_of_fixed(self.network, evolving)
 
     def _plan(self) -> list[Layer]:
         """Plan the draws, look for loops, and return the layers that evolve."""
@@ -351,36 +348,6 @@ class Evolution:
         """Return C++ loops that score the members, where they cover network and fitness."""
         smoothed = self.smoothing is not None
         return find(self.network, self.layers, self.calls, self.fitness, smoothed=smoothed)
-
-    def _route(self, layer: Layer, inputs: Tensor) -> None:
-        """Find where members of a layer split off, and whether they need inputs of their own."""
-        position, call = next(iter(layer.calls.items()))
-        probe = Probe(self.layers, position, call.y)
-        try:
-            self._run(probe, inputs[None])
-            if probe.elementwise and len(layer.calls) == 1:
-                layer.splits = frozenset(probe.readers)
-        except RuntimeError:  # shapes: something else reads the perturbed values
-            layer.expand = not self._broadcasts(position, inputs)
-
-    def _broadcasts(self, position: int, inputs: Tensor) -> bool:
-        """Return whether inputs (1, B, ...) do where the call at `position` returns two rows."""
-
-        def forward(at: int, index: int, x: Tensor) -> Tensor:
-            y = self.layers[index].product(x)
-            return torch.cat([y, y]) if at == position else y
-
-        try:
-            return len(self._run(forward, inputs[None])) == 2
-        except RuntimeError:
-            return False
-
-    def _warn_of_fixed(self, evolving: list[Layer]) -> None:
-        evolved = {id(p) for layer in evolving for p in layer.module.parameters()}
-        fixed = [n for n, p in self.network.named_parameters() if id(p) not in evolved]
-        if fixed:
-            names = ", ".join(fixed)
-            warnings.warn(f"not evolved, since no nn.Linear uses them: {names}", stacklevel=4)
 
     # ---- what is used, and saved ----
 

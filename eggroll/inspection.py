@@ -1,9 +1,16 @@
 """Inspect a network on the first batch: its leading axis, and where members can split off."""
 
+import warnings
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
 from eggroll.blocks import Layer, PopulationError
+
+# Output of a layer in the population's forward, of: position of the call, index of the layer, input
+Forward = Callable[[int, int, Tensor], Tensor]
+Run = Callable[[Forward, Tensor], Tensor]  # the network's outputs, whose layers compute so
 
 
 def check_leading_axis(network: nn.Module, inputs: Tensor) -> None:
@@ -61,3 +68,40 @@ class Probe:
         self.elementwise &= not mixed
         y = self.layers[index].product(x[:1])
         return y.expand(len(self.rows) + 1, *y.shape[1:]).clone()
+
+
+def route(layer: Layer, layers: list[Layer], run: Run, inputs: Tensor) -> None:
+    """Find where members of a layer split off, and whether they need inputs of their own.
+
+    inputs  (B, ...)
+    """
+    position, call = next(iter(layer.calls.items()))
+    probe = Probe(layers, position, call.y)
+    try:
+        run(probe, inputs[None])
+        if probe.elementwise and len(layer.calls) == 1:
+            layer.splits = frozenset(probe.readers)
+    except RuntimeError:  # shapes: something else reads the perturbed values
+        layer.expand = not _broadcasts(position, layers, run, inputs)
+
+
+def _broadcasts(position: int, layers: list[Layer], run: Run, inputs: Tensor) -> bool:
+    """Return whether inputs (1, B, ...) do where the call at `position` returns two rows."""
+
+    def forward(at: int, index: int, x: Tensor) -> Tensor:
+        y = layers[index].product(x)
+        return torch.cat([y, y]) if at == position else y
+
+    try:
+        return len(run(forward, inputs[None])) == 2
+    except RuntimeError:
+        return False
+
+
+def warn_of_fixed(network: nn.Module, evolving: Iterable[Layer]) -> None:
+    """Name the parameters that no evolving layer uses."""
+    evolved = {id(p) for layer in evolving for p in layer.module.parameters()}
+    fixed = [name for name, p in network.named_parameters() if id(p) not in evolved]
+    if fixed:
+        names = ", ".join(fixed)
+        warnings.warn(f"not evolved, since no nn.Linear uses them: {names}", stacklevel=4)
