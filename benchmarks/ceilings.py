@@ -15,8 +15,19 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
 from benchmarks import bounds
-from benchmarks.rows import Flags, Panel, Row, Series, Work, draw, in_turn, provenance, show
-from benchmarks.rows import write_rows as write
+from benchmarks.rows import (
+    Flags,
+    Panel,
+    Row,
+    Series,
+    Work,
+    draw,
+    in_turn,
+    provenance,
+    show,
+    write_rows,
+)
+from eggroll.graphed import capture_cuda_graph
 from experiment.config import MARKERS
 from experiment.device import choose_device, set_threads
 from experiment.script import run_script
@@ -34,11 +45,7 @@ def launches(device: torch.device) -> dict[tuple[str, int], Work]:
 
     calls: dict[tuple[str, int], Work] = {("launch", LAUNCHES): launch}
     if device.type == "cuda":
-        launch()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
-        calls["launch in a graph", LAUNCHES] = graph.replay
+        calls["launch in a graph", LAUNCHES] = capture_cuda_graph(launch, list)
     return calls
 
 
@@ -74,7 +81,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     config = tyro.cli(Flags, config=MARKERS)
     set_threads(config.threads)
-    write(measure(config, choose_device(config.device)), config.csv, config.json, plot)
+    write_rows(measure(config, choose_device(config.device)), config.csv, config.json, plot)
 
 
 if __name__ == "__main__":

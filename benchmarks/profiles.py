@@ -6,13 +6,13 @@ python benchmarks/profiles.py --file profiles.txt
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from torch.profiler import profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
+from benchmarks.rows import DeviceFlags
 from benchmarks.steps import METHODS, make
 from experiment.config import MARKERS
 from experiment.device import choose_device, device_name, set_threads, synchronise
@@ -22,17 +22,13 @@ STEPS, ROWS = 20, 25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(DeviceFlags):
     """Flags of this benchmark."""
 
     file: Path
     """File to write."""
     methods: tuple[str, ...] = METHODS
     """Methods, or METHOD:POPULATION; without a population, the preset's."""
-    threads: int | None = None
-    """CPU threads (None: one per core)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to measure."""
 
 
 def main() -> None:

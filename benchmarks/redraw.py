@@ -9,14 +9,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks import frontier, speed
+from benchmarks import alignment, frontier, speed
 from benchmarks.rows import Row
 from experiment import plots
 from experiment.errors import UserError
 from experiment.report import read_curves
 from experiment.script import run_script
 
-PLOTS = {"frontier.csv": frontier.plot, "speed.csv": speed.plot}
+PLOTS = {
+    "alignment.csv": alignment.plot,
+    "frontier.csv": frontier.plot,
+    "speed.csv": speed.plot,
+}
 
 
 def read_rows(path: Path) -> list[Row]:

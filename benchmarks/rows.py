@@ -22,13 +22,19 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class DeviceFlags:
     """Flags of the benchmarks that run in one process."""
 
     threads: int | None = None
     """CPU threads (None: one per core)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags(DeviceFlags):
+    """Flags of those whose results are rows."""
+
     csv: PathFlag = None
     """File for the rows; a plot is written beside it."""
     json: PathFlag = None

@@ -211,7 +211,7 @@ class Evolution:
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """Generators that a captured step draws from."""
+        """Return the generators that a captured step draws from."""
         return list(self._generators.values())
 
     def _chunks(self) -> Iterator[Chunk]:
@@ -291,7 +291,7 @@ class Evolution:
             check_finite(scores, self.step)
 
     def _count_step(self) -> None:
-        """Raise FitnessError where a score of the last steps on CUDA was not finite."""
+        """Count a step. Raises FitnessError where a noted score on CUDA was not finite."""
         self.step += 1
         due = self.device.type == "cuda" and self.step % STEPS_BETWEEN_CHECKS == 0
         if due and not self.capturing and not self._finite:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiment.config import read_config
 from experiment.errors import UserError
 from experiment.files import write_atomically, write_csv
 from experiment.page import page
@@ -64,10 +65,6 @@ def read_summary(run: Path) -> Summary:
     flags = read_config(run)["flags"]
     row = {"row": run.parent.name, "fitness": flags.get("fitness", "cross-entropy")}
     return row | json.loads((run / "summary.json").read_text())
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    return json.loads((run / "config.json").read_text())
 
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:

@@ -28,6 +28,7 @@ def write_run(folder, row, seed, accuracy, **values):
     write_json(run / "summary.json", record)
     fitness = "file.py:f" if row.endswith("macro-F1") else "cross-entropy"
     config = {
+        "method": record["method"],
         "command": ["mnist_eggroll.py", row, "--fitness", fitness],
         "flags": {"fitness": fitness, "seed": seed},
         "device": values.get("device", "cpu: X, 2 threads"),

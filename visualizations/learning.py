@@ -49,8 +49,6 @@ IMAGES = 5_000  # training images of the covariance
 SIDE, LEVELS = 28, 21  # pixels of an image; colors of the weights: a GIF has few
 FRAMES, FRAME_MS, LAST_MS = 60, 100, 5_000
 WIDTH, HEIGHT, LEFTS, ZOOM, GAP = 800, 530, (26, 410), 2, 2  # pixels; gap of the mosaic, unzoomed
-
-
 SIDE_WIDTH = ZOOM * (COLUMNS * (SIDE + GAP) + GAP)  # pixels of a method's half
 FILE = Path(__file__).with_suffix(".gif")
 
