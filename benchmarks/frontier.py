@@ -12,34 +12,27 @@ python benchmarks/frontier.py --tiny --dataset mnist-sample  # one short run of 
 Finished runs are kept, and interrupted ones continue: the same command resumes the benchmark.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import ROOT, Panel, Row, Series, draw, provenance, show, write_rows
+from benchmarks.rows import Panel, Row, Series, draw, provenance, show, write_rows
+from experiment.commands import finish
 from experiment.config import MARKERS
-from experiment.errors import UserError
 from experiment.script import run_script
 from experiment.style import colour, line_format
 
 INT8 = "node-perturbation-int8"
 Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
-COMMANDS: dict[Method, tuple[str, ...]] = {
-    "backprop": ("mnist_backprop.py",),
-    "eggroll": ("mnist_eggroll.py", "eggroll"),
-    "node-perturbation": ("mnist_eggroll.py", "node-perturbation"),
-    INT8: ("mnist_eggroll_int8.py",),
-}
+METHODS: tuple[Method, ...] = get_args(Method)
 SETTINGS = {  # two for each method, chosen before the trials
     "backprop": ("--lr 0.1", "--lr 0.2"),
     "eggroll": ("--population 8192 8192 256", "--population 4096 4096 128"),
@@ -59,7 +52,7 @@ class Config:
 
     out_dir: Path = Path("results/frontier")
     """Folder for all runs, the table and the plot."""
-    methods: tuple[Method, ...] = tuple(COMMANDS)
+    methods: tuple[Method, ...] = METHODS
     """Methods to train."""
     seeds: int = 5
     """Repeat chosen runs with seeds 0 to n - 1."""
@@ -87,16 +80,9 @@ class Point:
 
 def train(config: Config, point: Point, folder: Path, *flags: str) -> Summary:
     """Return the summary of a run, which is made or finished if need be. Raises UserError."""
-    path = config.out_dir / folder / "summary.json"
-    if not path.exists() or json.loads(path.read_text())["status"] != "finished":
-        script, *preset = COMMANDS[point.method]
-        command = [sys.executable, str(ROOT / script), *preset, *point.settings.split(), *flags]
-        command += ["--epochs", str(point.epochs), "--eval-every", "100", "--device", config.device]
-        command += ["--dataset", config.dataset, "--out-dir", str(path.parent), "--resume"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command[1:])}: {done.stderr[-2000:]}")
-    summary = json.loads(path.read_text())
+    flags = (*point.settings.split(), *flags, "--epochs", str(point.epochs), "--eval-every", "100")
+    flags += ("--device", config.device, "--dataset", config.dataset)
+    summary = finish(point.method, config.out_dir / folder, *flags)
     accuracy = summary["validation_accuracy"] or summary["test_accuracy"]
     print(f"{folder}: {accuracy:.2%}, {summary['train_seconds']:.1f} s", flush=True)
     return summary
@@ -131,7 +117,7 @@ def measure(config: Config) -> list[Row]:
             folder = Path("runs") / point.name / f"seed{seed}"
             runs.append(train(config, point, folder, "--train-on-all", "--seed", str(seed)))
     rows: list[Row] = []
-    for point in sorted(chosen, key=lambda point: list(COMMANDS).index(point.method)):
+    for point in sorted(chosen, key=lambda point: METHODS.index(point.method)):
         runs = chosen[point]
         accuracies = [100 * run["test_accuracy"] for run in runs]
         row = {
@@ -151,10 +137,10 @@ def measure(config: Config) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the seconds of the shortest run that reaches each accuracy, as Markdown."""
-    lines = [["test accuracy", *COMMANDS], ["---"] + ["---:"] * len(COMMANDS)]
+    lines = [["test accuracy", *METHODS], ["---"] + ["---:"] * len(METHODS)]
     for accuracy in REACHED:
         cells, base = [f"{accuracy:.1f} %"], None
-        for method in COMMANDS:
+        for method in METHODS:
             reached = [r for r in rows if r["method"] == method and r["test_accuracy"] >= accuracy]
             seconds = min((row["seconds"] for row in reached), default=None)
             base = seconds if method == "backprop" else base

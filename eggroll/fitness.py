@@ -18,6 +18,10 @@ class FitnessError(ValueError):
     """A fitness function returned scores that cannot be used: wrong shape, or not finite."""
 
 
+class NotFiniteError(FitnessError, FloatingPointError):
+    """Scores are not finite: training has diverged, or the fitness divides by zero."""
+
+
 def accuracy(outputs: Tensor, labels: Tensor) -> Tensor:
     """Return 1 where the largest output is the label's, else 0. Shape (P, B)."""
     return (outputs.argmax(-1) == labels).to(outputs.dtype)
@@ -98,7 +102,7 @@ def check_finite(scores: Tensor, step: int) -> None:
 
 def diverged(members: str, step: int) -> FitnessError:
     """Return the error of members whose scores are not finite."""
-    return FitnessError(
+    return NotFiniteError(
         f"the fitness of {members} is not finite at step {step:,}: training has diverged (try a "
         "smaller lr or sigma), or the fitness divides by zero"
     )

@@ -7,6 +7,10 @@ class UserError(Exception):
     """An error that the user can fix: one line, exit code 2."""
 
 
+class Diverged(UserError, FloatingPointError):
+    """Training has left the finite numbers."""
+
+
 class Finished(Exception):
     """There is nothing left to do: one line, exit code 0."""
 

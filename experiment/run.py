@@ -33,7 +33,7 @@ from experiment.device import (
     peak_memory_mb,
     reset_peak_memory,
 )
-from experiment.errors import Interrupted, UserError
+from experiment.errors import Diverged, Interrupted
 from experiment.evaluation import evaluate_splits
 from experiment.progress import Progress
 
@@ -46,8 +46,8 @@ class Run:
 
     evolution  has population, describe_population(), state_dict() and load_state_dict()
 
-    Raises UserError for a folder that is in use or holds another run, for weights of another
-    network (--init-from), and where training has diverged; Interrupted after a signal.
+    Raises UserError for a folder that is in use or holds another run and for weights of another
+    network (--init-from), Diverged where training has diverged, Interrupted after a signal.
     """
 
     def __init__(
@@ -109,7 +109,8 @@ class Run:
             elif kind and not issubclass(kind, (Interrupted, KeyboardInterrupt, OSError)):
                 self._log(f"failed at step {self.step:,}: {error}")
                 if self.rows:  # the last good checkpoint is kept
-                    self._write_summary("failed")
+                    diverged = isinstance(error, FloatingPointError)
+                    self._write_summary("diverged" if diverged else "failed")
         finally:
             if self.writes:
                 self.lock.release()
@@ -189,11 +190,11 @@ class Run:
         return self.data.batches(epoch, self.config.seed, self.config.batch_size, first)
 
     def _mean_fitness(self) -> float:
-        """Return the mean over the epoch so far. Raises UserError where it is not finite."""
+        """Return the mean over the epoch so far. Raises Diverged where it is not finite."""
         steps = (self.step - 1) % self.steps_per_epoch + 1  # of this epoch
         mean = self.fitness_sum.item() / steps
         if not math.isfinite(mean):
-            raise UserError(
+            raise Diverged(
                 f"training has diverged at step {self.step:,} (mean fitness {mean}): try a smaller "
                 "--lr; the last good checkpoint is kept"
             )

@@ -1,0 +1,76 @@
+"""Search the settings of a method on the validation split: all cells of a grid, or ranges by TPE.
+
+python search.py eggroll                                        # results/grids/eggroll.toml
+python search.py eggroll --grid results/grids/eggroll-tpe.toml --trials 20
+python search.py backprop --seconds 1800 --threads 1            # other flags go to every trial
+
+The same command continues a search that was stopped; in two terminals it uses two processes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from experiment.errors import Interrupted, UserError
+from experiment.script import run_script
+
+Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
+PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the search; others are passed to the training script."""
+
+    method: Annotated[Method, tyro.conf.Positional]
+    """Method whose settings are searched."""
+    grid: PathFlag = None
+    """TOML file with the settings (None: results/grids/METHOD.toml)."""
+    trials: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
+    """Trials in all, those of earlier calls included (None: the whole grid; 50 with a range)."""
+    seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """Start no trial once all of them have trained for so many seconds together."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of each trial, whose value is their mean accuracy."""
+    out_dir: PathFlag = None
+    """Folder of the search (None: results/search/ and the grid's name)."""
+
+
+def main() -> None:
+    config, flags = tyro.cli(
+        Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
+    )
+    try:
+        from experiment.heat_map import draw
+        from experiment.search import Grid, Search
+    except ModuleNotFoundError as missing:
+        raise UserError(f"{missing}: pip install -r requirements-dev.txt") from missing
+    path = config.grid or Path("results") / "grids" / f"{config.method}.toml"
+    folder = config.out_dir or Path("results") / "search" / path.stem
+    grid = Grid.read(path)
+    search = Search(config.method, grid, config.seeds, flags, folder)
+    try:
+        while held := search.next_trial(config.trials, config.seconds):
+            print(describe(held.trial, search.run(held)), flush=True)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted: type the same command to go on") from None
+    if best := search.best():
+        print(f"best: {describe(best, best.user_attrs['values'])}")
+    for file in (folder / "trials.csv", *draw(search.rows(), grid, config.method, folder)):
+        print(file)
+
+
+def describe(trial, values: list[float]) -> str:
+    """Return a line with a trial's settings and validation accuracies."""
+    settings = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in trial.params.items()
+    )
+    accuracies = " ".join(f"{value:.2%}" for value in values) or "diverged"
+    return f"trial {trial.number}: {settings}: {accuracies}"
+
+
+if __name__ == "__main__":
+    run_script(main, "search.py")
