@@ -1,6 +1,6 @@
 """The network of the experiment, and the activations between its layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -48,6 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """784-256-256-10 with GELU by default.
 
+    hidden_dim  units in both hidden layers, or a sequence with those of each, of any length
     activation  one of ACTIVATIONS, between the layers
     seed        of the initial weights: He's normal (fan-in); biases are 0. They are drawn on the
                 CPU from a generator of their own, so that a seed gives the same network on every
@@ -58,7 +59,7 @@ class MLP(nn.Module):
     def __init__(
         self,
         in_features: int = 784,
-        hidden_dim: int = 256,
+        hidden_dim: int | Sequence[int] = 256,
         out_features: int = 10,
         *,
         activation: str = "gelu",
@@ -72,7 +73,8 @@ class MLP(nn.Module):
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}"
             )
         self.activation = ACTIVATIONS[activation]
-        sizes = [in_features, hidden_dim, hidden_dim, out_features]
+        hidden = [hidden_dim] * 2 if isinstance(hidden_dim, int) else hidden_dim
+        sizes = [in_features, *hidden, out_features]
         layers = [nn.Linear(i, o, bias=bias) for i, o in pairwise(sizes)]
         generator = torch.Generator().manual_seed(seed)
         for layer in layers:

@@ -25,7 +25,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
 from benchmarks.rows import Panel, Row, Series, draw, provenance, show, write_rows
-from experiment.commands import finish
+from experiment.commands import COMMANDS, finish
 from experiment.config import MARKERS
 from experiment.script import run_script
 from experiment.style import colour, line_format
@@ -82,7 +82,7 @@ def train(config: Config, point: Point, folder: Path, *flags: str) -> Summary:
     """Return the summary of a run, which is made or finished if need be. Raises UserError."""
     flags = (*point.settings.split(), *flags, "--epochs", str(point.epochs), "--eval-every", "100")
     flags += ("--device", config.device, "--dataset", config.dataset)
-    summary = finish(point.method, config.out_dir / folder, *flags)
+    summary = finish(COMMANDS[point.method], config.out_dir / folder, *flags)
     accuracy = summary["validation_accuracy"] or summary["test_accuracy"]
     print(f"{folder}: {accuracy:.2%}, {summary['train_seconds']:.1f} s", flush=True)
     return summary

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks import alignment, frontier, speed
+from benchmarks import ablations, alignment, frontier, speed
 from benchmarks.rows import Row
 from experiment import plots
 from experiment.errors import UserError
@@ -17,6 +17,7 @@ from experiment.report import read_curves
 from experiment.script import run_script
 
 PLOTS = {
+    "ablations.csv": ablations.plot,
     "alignment.csv": alignment.plot,
     "frontier.csv": frontier.plot,
     "speed.csv": speed.plot,

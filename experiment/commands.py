@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ COMMANDS = {
 }
 
 
-def finish(method: str, folder: Path, *flags: str) -> Mapping[str, Any]:
+def finish(command: Sequence[str], folder: Path, *flags: str) -> Mapping[str, Any]:
     """Return the summary of the run in a folder, which is made or continued if need be.
+
+    command  script and preset: one of COMMANDS
 
     Raises Diverged, and UserError with the script's last words where it fails.
     """
@@ -31,14 +33,13 @@ def finish(method: str, folder: Path, *flags: str) -> Mapping[str, Any]:
         pass  # the run of a process that was killed may still be going on: wait for its end
     status = _read(folder).get("status")
     if status not in ("finished", "diverged"):
-        script, *preset = COMMANDS[method]
-        command = [sys.executable, str(ROOT / script), *preset, *flags]
-        command += ["--out-dir", str(folder), "--resume"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        script, *preset = command
+        words = [str(ROOT / script), *preset, *flags, "--out-dir", str(folder), "--resume"]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
         status = _read(folder).get("status")
         if done.returncode and status != "diverged":
-            words = done.stderr[-2000:] or f"ended with code {done.returncode}"
-            raise UserError(f"{' '.join(command[1:])}: {words}")
+            reason = done.stderr[-2000:] or f"ended with code {done.returncode}"
+            raise UserError(f"{' '.join(words)}: {reason}")
     if status == "diverged":
         raise Diverged(f"{folder}: training has diverged")
     return _read(folder)

@@ -29,8 +29,8 @@ class Config:
     """Folder in torchvision's layout (None: $MNIST_DIR, else data)."""
     train_on_all: bool = False
     """Train on all 60,000 images (no validation split)."""
-    hidden_dim: int = 256
-    """Units in each of the two hidden layers."""
+    hidden_dim: int | tuple[int, ...] = 256
+    """Units in each of the two hidden layers, or a count for each hidden layer."""
     init_from: PathFlag = None
     """Start from the weights in this model.safetensors (None: from --seed)."""
     epochs: int = 10
@@ -143,9 +143,11 @@ def check(config: Config) -> None:
     flags = as_flags(config)
     for holds, sign, limits in LIMITS:
         for name, limit in limits.items():
-            if flags.get(name) is not None and not holds(flags[name], limit):
+            value = flags.get(name)
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(holds(each, limit) for each in values):
                 option = name.replace("_", "-")
-                raise UserError(f"--{option} must be {sign} {limit}, got {flags[name]}")
+                raise UserError(f"--{option} must be {sign} {limit}, got {value}")
     if config.resume and config.overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
     if config.resume and config.out_dir is None:

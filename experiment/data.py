@@ -1,6 +1,7 @@
 """MNIST and its relatives: loaded once, kept on the device as uint8, scaled batch by batch."""
 
 import argparse
+import hashlib
 import os
 import socket
 import sys
@@ -59,6 +60,7 @@ class Dataset:
     test: Split
     mean: Tensor  # mean training image, (784,), in 0..255
     std: float  # of all training pixels minus the mean image
+    checksum: str = ""  # SHA-256 of all images and labels, before they are split
 
     def scale(self, images: Tensor) -> Tensor:
         """Return float32 images, minus the mean training image, over one standard deviation."""
@@ -108,6 +110,7 @@ def load(config: Config, device: torch.device) -> Dataset:
     else:
         folder = default_data_dir(config.data_dir)
         train, test = rank0_first(lambda: _read_torchvision(config.dataset, folder))
+    checksum = _checksum(train, test)
     permutation = torch.randperm(len(train), generator=torch.Generator().manual_seed(SPLIT_SEED))
     kept = len(train) - min(VALIDATION, len(train) // 8)
     validation = train[permutation[kept:]]
@@ -117,7 +120,7 @@ def load(config: Config, device: torch.device) -> Dataset:
         train = train[permutation[:kept]]
     mean, std = _pixel_statistics(train.images)
     train, validation, test = (part.to(device) for part in (train, validation, test))
-    return Dataset(config.dataset, train, validation, test, mean.to(device), std)
+    return Dataset(config.dataset, train, validation, test, mean.to(device), std, checksum)
 
 
 def quantised(data: Dataset, one: int) -> Int8Dataset:
@@ -133,12 +136,22 @@ def quantised(data: Dataset, one: int) -> Int8Dataset:
         return Split(split.images.view(torch.int8), split.labels)
 
     train, validation, test = (convert(s) for s in (data.train, data.validation, data.test))
-    return Int8Dataset(data.name, train, validation, test, data.mean, data.std)
+    parts = (train, validation, test)
+    return Int8Dataset(data.name, *parts, data.mean, data.std, data.checksum)
 
 
 def default_data_dir(data_dir: Path | None) -> Path:
     """Return --data-dir, else $MNIST_DIR, else data."""
     return Path(data_dir or os.environ.get("MNIST_DIR") or "data").expanduser()
+
+
+def _checksum(*splits: Split) -> str:
+    """Return the SHA-256 of the images (uint8) and labels (int64) of each split, as hex."""
+    total = hashlib.sha256()
+    for split in splits:
+        total.update(split.images.contiguous().numpy().data)
+        total.update(split.labels.contiguous().numpy().data)
+    return total.hexdigest()
 
 
 def _pixel_statistics(images: Tensor) -> tuple[Tensor, float]:

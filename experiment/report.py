@@ -161,7 +161,7 @@ def _mean_and_deviation(accuracies: Sequence[float]) -> str:
 
 
 def publish(source: Path, target: Path) -> None:
-    """Copy tables and plots, each row's config.json and each seed's metrics.csv."""
+    """Copy tables and plots, each seed's metrics.csv, and config.json and weights of the first."""
     reports = [path for path in write_report(source) if path.suffix != ".html"]
     target.mkdir(parents=True, exist_ok=True)
     for path in reports:
@@ -171,6 +171,8 @@ def publish(source: Path, target: Path) -> None:
         copy.mkdir(parents=True, exist_ok=True)
         shutil.copy(run / "metrics.csv", copy / "metrics.csv")
         shutil.copy(run / "config.json", copy.parent / "config.json")
+        if "+" not in copy.parent.name:  # a method itself: for evaluate.py
+            shutil.copy(run / "model.safetensors", copy.parent / "model.safetensors")
 
 
 def readme_with_table(readme: str) -> str:

@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -279,10 +280,12 @@ class Run:
             "method": self.method,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "flags": as_flags(self.config),
+            "data": {"name": self.data.name, "sha256": self.data.checksum},
             "device": device_name(self.device),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
+                "numpy": np.__version__,
                 "platform": platform.platform(),
             },
             "commit": files.commit(),

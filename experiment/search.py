@@ -29,7 +29,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from experiment.commands import finish
+from experiment.commands import COMMANDS, finish
 from experiment.errors import Diverged, UserError
 from experiment.files import write_csv
 
@@ -184,7 +184,7 @@ class Search:
             for place, seed in enumerate(self.seeds):
                 folder = self._folder(trial) / f"seed{seed}"
                 own = [*self.flags, *settings, "--seed", str(seed), "--eval-every", "100"]
-                summary = finish(self.method, folder, *own)
+                summary = finish(COMMANDS[self.method], folder, *own)
                 commit = json.loads((folder / "config.json").read_text())["commit"]
                 values.append(summary["validation_accuracy"])
                 seconds += summary["train_seconds"]

@@ -36,6 +36,7 @@ def write_run(folder, row, seed, accuracy, **values):
         "commit": "0123abc",
     }
     write_json(run / "config.json", config)
+    (run / "model.safetensors").write_bytes(b"weights")
     write_csv(run / "metrics.csv", curve(accuracy), list(curve(accuracy)[0]))
 
 

@@ -122,6 +122,16 @@ def test_the_sample_is_stratified_and_its_split_never_changes():
     assert digits.test.images.int().sum().item() == 26_621_066
 
 
+def test_the_checksum_is_of_all_files_and_not_of_the_split(mnist_dir):
+    usual = load(mnist_dir)
+    assert len(usual.checksum) == 64
+    assert load(mnist_dir, train_on_all=True).checksum == usual.checksum
+    assert data.quantised(load(mnist_dir), 16).checksum == usual.checksum
+    labels = mnist_dir / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    write_idx(labels, bytes([1] * 20), 20)
+    assert load(mnist_dir).checksum != usual.checksum
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:500])
 

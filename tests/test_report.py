@@ -98,6 +98,8 @@ def test_a_report_is_written_and_published(tmp_path, monkeypatch):
     assert len(list((tmp_path / "kept").glob("*/seed*/metrics.csv"))) == 2 * len(rows)
     config = json.loads((tmp_path / "kept" / "eggroll" / "config.json").read_text())
     assert config["flags"]["seed"] == 0
+    kept = [path.parent.name for path in (tmp_path / "kept").glob("*/model.safetensors")]
+    assert sorted(kept) == ["backprop", "eggroll"]  # of the methods, not of other signals
     for name in ("accuracy_by_epoch.svg", "fitness.png", "time_and_memory.png", "summary.md"):
         assert (tmp_path / "kept" / name).exists()
     assert not (tmp_path / "kept" / "report.html").exists()  # its pictures lie beside it

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,8 +33,10 @@ from runs import (
 )
 from safetensors.torch import load_file
 
+from experiment import data as data_module
 from experiment import files, progress
 from experiment import run as run_module
+from experiment.data import Split
 from experiment.progress import Progress
 
 
@@ -142,6 +145,26 @@ def test_a_resumed_run_is_bit_identical(kind, optimizer, step, tmp_path, monkeyp
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "stopped")
 
 
+@EACH
+def test_training_reads_nothing_of_the_test_set(kind, tmp_path, monkeypatch):
+    train(kind, tmp_path / "usual")
+    load = data_module.load
+
+    def with_another_test_set(*given):
+        data = load(*given)
+        pixels = torch.randint_like(data.test.images, 256)
+        return replace(data, test=Split(pixels, data.test.labels.flip(0)))
+
+    monkeypatch.setattr(data_module, "load", with_another_test_set)
+    train(kind, tmp_path / "other")
+    assert weights(tmp_path / "usual") == weights(tmp_path / "other")
+    first, second = (read_csv(tmp_path / name / "metrics.csv") for name in ("usual", "other"))
+    for row, other in zip(first, second, strict=True):
+        differing = {name for name in row if row[name] != other[name]}
+        assert differing <= {"test_accuracy", "train_seconds"}
+    assert first[-1]["test_accuracy"] != second[-1]["test_accuracy"]
+
+
 def in_a_fork(work):
     """Run `work` in a copy of this process; returns its id."""
     # tqdm's own lock is shared with the copy, which may be killed while it holds it
@@ -161,12 +184,14 @@ def test_a_run_that_is_killed_at_any_moment_is_bit_identical_when_resumed(
 ):
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_CHECKPOINTS", 0.02)
     script, *own = KINDS[kind]
-    flags = (*own, *SMALL, "--epochs", "12", "--resume", "--out-dir")
+    flags = (*own, *SMALL, "--epochs", "30", "--resume", "--out-dir")
+    begun = time.monotonic()
     assert call(script, *flags, tmp_path / "whole").returncode == 0
+    seconds = time.monotonic() - begun
     moments, kills = random.Random(), 0
     for _ in range(5):
         child = in_a_fork(lambda: call(script, *flags, tmp_path / "killed"))
-        time.sleep(moments.uniform(0.05, 0.6))
+        time.sleep(moments.uniform(0.05, 0.35) * seconds)
         os.kill(child, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if (tmp_path / "killed" / "checkpoint.pt").exists():  # complete at any moment

@@ -1,0 +1,161 @@
+"""EGGROLL with one setting changed at a time: validation accuracy, three seeds.
+
+python benchmarks/ablations.py --out-dir results/ablations     # two hours on two cores
+python benchmarks/ablations.py --tiny --dataset mnist-sample   # one short run of each
+
+Every run has half of the preset's members over two epochs, unless its row says otherwise; learning
+rates follow the preset's rule. Finished runs are kept, and interrupted ones continue.
+"""
+
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from matplotlib.axes import Axes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
+
+from benchmarks.rows import Row, provenance, show, write_rows
+from experiment.commands import COMMANDS, finish
+from experiment.config import MARKERS
+from experiment.errors import Diverged
+from experiment.script import run_script
+from experiment.style import STYLE, colour, save
+
+USUAL = ("--population", "4096", "4096", "128", "--epochs", "2")
+TINY = ("--population", "66", "--epochs", "1")
+POPULATIONS = (500, 1_000, 2_000, 4_000, 8_000, 16_000, 40_000)
+
+
+def changed(flag: str, values: Sequence[float], usual: float = 0) -> dict[str, str]:
+    """Return {value: its flag}, without one for the preset's value."""
+    return {f"{value:,}": "" if value == usual else f"--{flag} {value}" for value in values}
+
+
+ABLATIONS = {  # {setting: {value: what is typed for it}}
+    "rank": changed("rank", (1, 2, 4), 1),
+    "units": changed("units", (4, 8, 16, 64, 256), 8),
+    "baseline": {"mean": "", "unperturbed": "unperturbed", "twin": "twins"},
+    "members by layer": {
+        "6144 2048 128": "--population 6144 2048 128",
+        "4096 4096 128": "",
+        "2048 6144 128": "--population 2048 6144 128",
+        "2784 2784 2752": "--population 2784 2784 2752",
+    },
+    "batch size": changed("batch-size", (32, 64, 128, 256, 512), 128),
+    "sigma": changed("sigma", (0.002, 0.005, 0.01, 0.02, 0.04, 0.08), 0.02),
+    "population": changed("population", POPULATIONS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of this benchmark."""
+
+    out_dir: Path = Path("results/ablations")
+    """Folder for all runs, the table and the plot."""
+    seeds: int = 3
+    """Repeat each run with seeds 0 to n - 1."""
+    tiny: bool = False
+    """Train one epoch with few members and one seed."""
+    dataset: Literal["mnist", "mnist-sample"] = "mnist"
+    """MNIST is read from $MNIST_DIR, else from data; mnist-sample needs no network."""
+    threads: int = 2
+    """CPU threads of a run."""
+
+
+def train(config: Config, typed: str, folder: Path, seed: int) -> tuple[float, float]:
+    """Return a run's validation accuracy in %, 0 where it diverged, and its seconds."""
+    words, command = typed.split(), COMMANDS["eggroll"]
+    if words and not words[0].startswith("--"):
+        command = ("benchmarks/baselines.py", words.pop(0))
+    # of a flag that is typed twice, the last counts
+    flags = [*words, *TINY] if config.tiny else [*USUAL, *words]
+    flags += ["--dataset", config.dataset, "--threads", str(config.threads), "--seed", str(seed)]
+    try:
+        summary = finish(command, config.out_dir / "runs" / folder / f"seed{seed}", *flags)
+    except Diverged:
+        return 0.0, 0.0
+    return 100 * summary["validation_accuracy"], summary["train_seconds"]
+
+
+def measure(config: Config) -> Iterator[Row]:
+    """Yield a row for each value of each setting, over its seeds."""
+    for setting, values in ABLATIONS.items():
+        for value, typed in values.items():
+            folder = Path("_".join(typed.replace("--", "").split()) or "usual")
+            seeds = range(1 if config.tiny else config.seeds)
+            runs = [train(config, typed, folder, seed) for seed in seeds]
+            accuracies, seconds = zip(*runs, strict=True)
+            yield {
+                "setting": setting,
+                "value": value,
+                "seeds": len(runs),
+                "validation_accuracy": round(statistics.mean(accuracies), 3),
+                "standard_deviation": round(statistics.stdev(accuracies), 3) if runs[1:] else 0.0,
+                "seconds": round(statistics.median(seconds), 1),
+            }
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw a panel for each setting, with the same accuracy axis."""
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(2, 4, figsize=(15, 7), layout="constrained", sharey=True)
+        accuracies = [float(row["validation_accuracy"]) for row in rows]
+        best = max(accuracies)
+        for axes, setting in zip(grid.flat, ABLATIONS, strict=False):
+            own = [row for row in rows if row["setting"] == setting]
+            draw_panel(axes, setting, own)
+        grid[0, 0].set_ylim(max(best - 8, min(accuracies) - 0.5, 0), min(best + 1, 100))
+        for axes in grid[:, 0]:
+            axes.set_ylabel("validation accuracy (%)")
+        for axes in grid.flat[len(ABLATIONS) :]:
+            axes.axis("off")
+        figure.suptitle(f"eggroll, one setting changed at a time: mean and standard deviation of "
+                        f"{rows[0]['seeds']:g} seeds", fontsize=14)  # fmt: skip
+        save(figure, path.parent, path.stem)
+
+
+def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
+    """Draw the accuracies in the order of the rows, as numbers too."""
+    means = [float(row["validation_accuracy"]) for row in rows]
+    spread = [float(row["standard_deviation"]) for row in rows]
+    axes.errorbar(range(len(rows)), means, spread, fmt="D-", color=colour("eggroll"), capsize=3)
+    for place, mean in enumerate(means):
+        axes.annotate(f"{mean:.1f}", (place, mean), (0, 9), textcoords="offset points", ha="center",
+                      fontsize=10)  # fmt: skip
+    axes.set_title(setting, fontsize=12)
+    names = [f"{v:,g}" if isinstance(v, float) else v for v in (row["value"] for row in rows)]
+    axes.set_xticks(range(len(rows)), names, rotation=30 if len("".join(names)) > 24 else 0)
+    axes.margins(x=0.15)
+
+
+def law(rows: Sequence[Row]) -> str:
+    """Return the power law of the error in the population, fitted in logarithms."""
+    own = [row for row in rows if row["setting"] == "population" and row["validation_accuracy"]]
+    members = [float(row["value"].replace(",", "")) for row in own]
+    errors = [100 - row["validation_accuracy"] for row in own]
+    slope, height = np.polyfit(np.log(members), np.log(errors), 1)
+    return f"error = {np.exp(height):.3g} % x population^{slope:.2f}"
+
+
+def main() -> None:
+    config, rows = tyro.cli(Config, config=MARKERS), []
+    config.out_dir.mkdir(parents=True, exist_ok=True)
+    for row in measure(config):
+        show(row, first=not rows)
+        rows.append(row | provenance(torch.device("cpu")))
+        write_rows(rows, config.out_dir / "ablations.csv", None, lambda *_: None)
+    write_rows(rows, config.out_dir / "ablations.csv", None, plot)
+    print(law(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, "ablations.py")
