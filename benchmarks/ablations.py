@@ -39,7 +39,10 @@ def changed(flag: str, values: Sequence[float], usual: float = 0) -> dict[str, s
     return {f"{value:,}": "" if value == usual else f"--{flag} {value}" for value in values}
 
 
-ABLATIONS = {  # {setting: {value: what is typed for it}}
+Setting = Literal[
+    "rank", "units", "baseline", "members by layer", "batch size", "sigma", "population"
+]
+ABLATIONS: dict[Setting, dict[str, str]] = {  # {setting: {value: what is typed for it}}
     "rank": changed("rank", (1, 2, 4), 1),
     "units": changed("units", (4, 8, 16, 64, 256), 8),
     "baseline": {"mean": "", "unperturbed": "unperturbed", "twin": "twins"},
@@ -61,6 +64,8 @@ class Config:
 
     out_dir: Path = Path("results/ablations")
     """Folder for all runs, the table and the plot."""
+    settings: tuple[Setting, ...] = tuple(ABLATIONS)
+    """Settings to change."""
     seeds: int = 3
     """Repeat each run with seeds 0 to n - 1."""
     tiny: bool = False
@@ -71,8 +76,8 @@ class Config:
     """CPU threads of a run."""
 
 
-def train(config: Config, typed: str, folder: Path, seed: int) -> tuple[float, float]:
-    """Return a run's validation accuracy in %, 0 where it diverged, and its seconds."""
+def train(config: Config, typed: str, folder: Path, seed: int) -> tuple[float, float, float]:
+    """Return a run's validation accuracy in %, 0 where it diverged, its seconds and its MB."""
     words, command = typed.split(), COMMANDS["eggroll"]
     if words and not words[0].startswith("--"):
         command = ("benchmarks/baselines.py", words.pop(0))
@@ -82,18 +87,19 @@ def train(config: Config, typed: str, folder: Path, seed: int) -> tuple[float, f
     try:
         summary = finish(command, config.out_dir / "runs" / folder / f"seed{seed}", *flags)
     except Diverged:
-        return 0.0, 0.0
-    return 100 * summary["validation_accuracy"], summary["train_seconds"]
+        return 0.0, 0.0, 0.0
+    accuracy = 100 * summary["validation_accuracy"]
+    return accuracy, summary["train_seconds"], summary["peak_memory_mb"]
 
 
 def measure(config: Config) -> Iterator[Row]:
     """Yield a row for each value of each setting, over its seeds."""
-    for setting, values in ABLATIONS.items():
-        for value, typed in values.items():
+    for setting in config.settings:
+        for value, typed in ABLATIONS[setting].items():
             folder = Path("_".join(typed.replace("--", "").split()) or "usual")
             seeds = range(1 if config.tiny else config.seeds)
             runs = [train(config, typed, folder, seed) for seed in seeds]
-            accuracies, seconds = zip(*runs, strict=True)
+            accuracies, seconds, memory = zip(*runs, strict=True)
             yield {
                 "setting": setting,
                 "value": value,
@@ -101,6 +107,7 @@ def measure(config: Config) -> Iterator[Row]:
                 "validation_accuracy": round(statistics.mean(accuracies), 3),
                 "standard_deviation": round(statistics.stdev(accuracies), 3) if runs[1:] else 0.0,
                 "seconds": round(statistics.median(seconds), 1),
+                "memory_mb": round(statistics.median(memory)),
             }
 
 
@@ -140,6 +147,8 @@ def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
 def law(rows: Sequence[Row]) -> str:
     """Return the power law of the error in the population, fitted in logarithms."""
     own = [row for row in rows if row["setting"] == "population" and row["validation_accuracy"]]
+    if len(own) < 2:
+        return ""
     members = [float(row["value"].replace(",", "")) for row in own]
     errors = [100 - row["validation_accuracy"] for row in own]
     slope, height = np.polyfit(np.log(members), np.log(errors), 1)

@@ -35,7 +35,7 @@ def draw(rows: Sequence[Mapping[str, Any]], grid: Any, method: str, folder: Path
 
 
 def _is_scale(values: Any) -> bool:
-    """Whether a setting is a list of two or more positive numbers: a logarithmic axis."""
+    """Return whether a setting is a list of two or more positive numbers: a logarithmic axis."""
     numbers = isinstance(values, list) and all(isinstance(v, int | float) for v in values)
     return numbers and len(values) > 1 and min(values) > 0
 

@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, run_command
 from runs import read_csv
+from torch import nn
 
 from benchmarks import bounds, steps
+from benchmarks.baselines import Twins
 from eggroll import BlockLowRank, Evolution, LowRank, NodePerturbation, cross_entropy
+from eggroll.blocks import Draw, Layer
 from experiment.errors import UserError
 from model import MLP
 
@@ -149,6 +152,27 @@ def test_frontier_has_a_row_for_each_method_and_skips_finished_runs(tmp_path):
     written = checkpoint.stat().st_mtime_ns
     assert run_command(*command).returncode == 0
     assert checkpoint.stat().st_mtime_ns == written
+
+
+def test_ablations_have_a_row_for_each_value_and_skip_finished_runs(tmp_path):
+    flags = ("--tiny", *SAMPLE, "--threads", "1", "--settings", "baseline", "--out-dir", tmp_path)
+    command = (sys.executable, ROOT / "benchmarks" / "ablations.py", *flags)
+    assert run_command(*command).returncode == 0
+    rows = read_csv(tmp_path / "ablations.csv")
+    assert [row["value"] for row in rows] == ["mean", "unperturbed", "twin"]
+    assert len({row["validation_accuracy"] for row in rows}) == 3
+    assert float(rows[0]["memory_mb"]) > 100
+    assert (tmp_path / "ablations.png").exists()
+    written = [path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/seed0/checkpoint.pt")]
+    assert len(written) == 3 and run_command(*command).returncode == 0
+    assert written == [p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/seed0/checkpoint.pt")]
+
+
+def test_twins_estimate_the_gradient_from_pairs_of_opposite_members():
+    layer = Layer(nn.Linear(6, 16, bias=False))
+    draw = Draw((0,), 0, 4, 2, 0, 0, units=8)
+    noise = Twins(8).sample(layer, draw, torch.Generator().manual_seed(0))
+    assert torch.equal(noise.a[:2], -noise.a[2:]) and torch.equal(noise.b[:2], noise.b[2:])
 
 
 def test_gpu_script_does_not_start_without_a_card_or_mnist(tmp_path):

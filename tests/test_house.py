@@ -1,8 +1,11 @@
 """Rules of the house that a machine can check."""
 
 import ast
+import csv
+import importlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -11,7 +14,7 @@ import pytest
 from conftest import ROOT, call, run_command
 from mutations import MUTATIONS
 
-from experiment.report import readme_with_table
+from experiment.report import BEGIN, END, REFERENCE, readme_with_table
 
 LAYERS = {  # what each part may import of the others
     "eggroll": set(),
@@ -20,7 +23,8 @@ LAYERS = {  # what each part may import of the others
     "benchmarks": {"eggroll", "experiment", "model"},
     "examples": {"eggroll", "experiment", "model"},
 }
-SCRIPTS = ["mnist_backprop.py", "mnist_eggroll.py", "mnist_eggroll_int8.py", "evaluate.py"]
+TRAINING = ["mnist_backprop.py", "mnist_eggroll.py", "mnist_eggroll_int8.py"]
+SCRIPTS = [*TRAINING, "evaluate.py", "search.py"]
 PARTS = {*LAYERS, "model", *(script.removesuffix(".py") for script in SCRIPTS)}
 LAYERS["benchmarks"] |= PARTS  # they time the scripts' own presets
 
@@ -68,7 +72,16 @@ def test_linters_and_type_checker_have_nothing_to_say(command):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("script", ["run_experiments.sh", "run_tests.sh", "setup.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "run_experiments.sh",
+        "run_tests.sh",
+        "setup.sh",
+        "benchmarks/gpu.sh",
+        "benchmarks/results.sh",
+    ],
+)
 def test_shell_scripts_parse(script):
     assert subprocess.run(["bash", "-n", ROOT / script]).returncode == 0
 
@@ -142,6 +155,32 @@ def test_every_command_of_the_pages_exists_and_takes_its_flags(command, monkeypa
         if flags[script] in SCRIPTS and flags[script] != "evaluate.py":
             done = call(*flags[script:], "--help")
             assert done.returncode == 0, done.stderr
+
+
+def test_results_in_docstrings_are_the_committed_ones():
+    seen = 0
+    with REFERENCE.open() as file:
+        rows = list(csv.DictReader(file))
+    for script in TRAINING:
+        examples = re.findall(
+            r"^python (\S+) *(\S*?) +#.*?([\d.]+) % in (\d+) s", (ROOT / script).read_text(), re.M
+        )
+        for name, preset, accuracy, seconds in examples:
+            method = preset or next(iter(importlib.import_module(name[:-3]).PRESETS))
+            own = [row for row in rows if row["row"] == method]
+            mean = 100 * statistics.mean(float(row["test_accuracy"]) for row in own)
+            assert f"{mean:.1f}" == accuracy, script
+            median = statistics.median(float(row["train_seconds"]) for row in own)
+            assert float(seconds) == pytest.approx(median, rel=0.1), script
+            seen += 1
+    assert seen >= 4
+
+
+def test_accuracies_in_the_readmes_text_are_in_its_table():
+    readme = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
+    before, table, after = re.split(f"{BEGIN}|{END}", readme)
+    for number in re.findall(r"\d\d\.\d+(?= %)", before + after):
+        assert f"{number} " in table, number
 
 
 def test_the_readme_is_short():

@@ -195,3 +195,24 @@ def test_the_lock_has_every_requirement():
     for name in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             assert line.startswith("-r ") or line.partition(">")[0] in locked
+
+
+def test_results_are_made_by_a_script_that_goes_on_where_it_was_stopped(folder, tmp_path):
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
+    for method in (*METHODS.split(), "eggroll+accuracy"):
+        (tmp_path / "out" / "table" / method).mkdir(parents=True)
+    (folder / "calls").write_text("")
+    script = folder / "benchmarks" / "results.sh"
+    done = subprocess.run([script, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    calls = (folder / "calls").read_text().splitlines()
+    runs = [call for call in calls if call.startswith("mnist")]
+    assert all("--resume" in call and "--train-on-all" in call for call in runs)
+    assert sum("/table/eggroll+accuracy/" in call for call in runs) == 5
+    assert sum("/table/eggroll-dense/" in call for call in runs) == 3
+    assert sum("--population 39000" in call for call in runs) == 3
+    for name in ("speed", "ablations", "frontier"):
+        assert any(f"benchmarks/{name}.py" in call for call in calls)
+    assert not [call for call in runs if str(tmp_path / "out") not in call]
+    shown = subprocess.run([script], capture_output=True, text=True)
+    assert shown.returncode == 0 and "usage: benchmarks/results.sh FOLDER" in shown.stdout

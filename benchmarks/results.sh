@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Make the results of a machine, some hours on two cores with nothing beside it.
+#
+# usage: benchmarks/results.sh FOLDER
+#
+# Everything is written under FOLDER; copy what is worth keeping with
+# python -m experiment.report publish FOLDER/table results/reference/NAME.
+# Environment: PYTHON (default .venv/bin/python), MNIST_DIR (default data).
+# After Ctrl-C the same command goes on; finished runs are skipped.
+set -eo pipefail
+case ${1:-} in "" | -*) exec sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" ;; esac
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-.venv/bin/python}
+
+# The table of the README
+table=$out/table
+METHODS="backprop eggroll node-perturbation node-perturbation-int8" SEEDS="0 1 2 3 4" \
+    RESULTS_DIR=$table ./run_experiments.sh
+for seed in 0 1 2 3 4; do
+    "$PYTHON" mnist_eggroll.py eggroll --fitness accuracy --train-on-all --seed $seed \
+        --resume --out-dir "$table/eggroll+accuracy/seed$seed"
+done
+METHODS=eggroll-dense SEEDS="0 1 2" RESULTS_DIR=$table ./run_experiments.sh
+
+# Steps, and their lower bounds
+"$PYTHON" benchmarks/speed.py --csv "$out/speed.csv" --json "$out/speed.json"
+
+# The experiment as it was: a population of 39,000, with accuracy as the signal, an hour at most
+experiment() {
+    timeout --signal INT 3600 "$PYTHON" mnist_eggroll.py "${@:2}" --population 39000 --epochs 10 \
+        --fitness accuracy --train-on-all --resume --out-dir "$out/population-39000/$1" || true
+}
+experiment eggroll eggroll
+experiment eggroll+unsmoothed eggroll --smoothing 0
+experiment eggroll-dense eggroll-dense --smoothing 0
+
+# 784-100-50-10 in integers
+for seed in 0 1 2 3 4; do
+    "$PYTHON" mnist_eggroll_int8.py --hidden-dim 100 50 --epochs 10 --train-on-all --seed $seed \
+        --resume --out-dir "$out/integers/node-perturbation-int8/seed$seed"
+done
+
+# Other signals and units without a gradient; the methods themselves are in the table already
+mkdir -p "$out/any-signal"
+for method in backprop eggroll eggroll+accuracy node-perturbation node-perturbation-int8; do
+    cp -rn "$table/$method" "$out/any-signal/"
+done
+METHODS="backprop eggroll node-perturbation node-perturbation-int8" SEEDS="0 1 2" \
+    RESULTS_DIR=$out/any-signal ./run_experiments.sh --all
+
+"$PYTHON" benchmarks/ablations.py --out-dir "$out/ablations"
+"$PYTHON" benchmarks/frontier.py --out-dir "$out/frontier"
