@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 import tyro
 
 from experiment.errors import Interrupted, UserError
+from experiment.grid import Grid
+from experiment.heat_map import draw
 from experiment.script import run_script
 
 Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
@@ -43,8 +45,7 @@ def main() -> None:
         Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
     )
     try:
-        from experiment.heat_map import draw
-        from experiment.search import Grid, Search
+        from experiment.search import Search, describe
     except ModuleNotFoundError as missing:
         raise UserError(f"{missing}: pip install -r requirements-dev.txt") from missing
     path = config.grid or Path("results") / "grids" / f"{config.method}.toml"
@@ -53,23 +54,13 @@ def main() -> None:
     search = Search(config.method, grid, config.seeds, flags, folder)
     try:
         while held := search.next_trial(config.trials, config.seconds):
-            print(describe(held.trial, search.run(held)), flush=True)
+            print(describe(search.run(held)), flush=True)
     except KeyboardInterrupt:
         raise Interrupted("interrupted: type the same command to go on") from None
     if best := search.best():
-        print(f"best: {describe(best, best.user_attrs['values'])}")
-    for file in (folder / "trials.csv", *draw(search.rows(), grid, config.method, folder)):
-        print(file)
-
-
-def describe(trial, values: list[float]) -> str:
-    """Return a line with a trial's settings and validation accuracies."""
-    settings = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in trial.params.items()
-    )
-    accuracies = " ".join(f"{value:.2%}" for value in values) or "diverged"
-    return f"trial {trial.number}: {settings}: {accuracies}"
+        print(f"best: {describe(best)}")
+    plots = draw(search.rows(), grid, config.method, folder / "heat_map")
+    print(*(folder / "trials.csv", *plots), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
 from benchmarks import ablations, alignment, frontier, speed
-from benchmarks.rows import Row
+from benchmarks.rows import ROOT, Row
 from experiment import plots
 from experiment.errors import UserError
+from experiment.grid import Grid
+from experiment.heat_map import draw
 from experiment.report import read_curves
 from experiment.script import run_script
 
+GRIDS = ROOT / "results" / "grids"
 PLOTS = {
     "ablations.csv": ablations.plot,
     "alignment.csv": alignment.plot,
@@ -37,6 +40,13 @@ def number(cell: str) -> float | str:
         return cell
 
 
+def draw_search(trials: Path) -> list[Path]:
+    """Draw the heat map of results/grids/NAME.toml beside NAME.csv, where it has one."""
+    grid = Grid.read(GRIDS / f"{trials.stem}.toml")
+    with trials.open() as file:
+        return draw(list(csv.DictReader(file)), grid, trials.stem, trials.with_suffix(""))
+
+
 def main() -> None:
     match sys.argv[1:]:
         case [name] if (Path(name) / "summary.csv").exists():
@@ -46,6 +56,8 @@ def main() -> None:
     summaries = [row | {"seed": int(row["seed"])} for row in read_rows(folder / "summary.csv")]
     for path in plots.draw_all(read_curves(folder, summaries), summaries, folder):
         print(path)
+    for path in sorted(folder.glob("search/*.csv")):
+        print(*draw_search(path), sep="\n")
     for name, plot in PLOTS.items():
         if (folder / name).exists():
             plot(read_rows(folder / name), folder / name)

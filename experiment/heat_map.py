@@ -15,8 +15,8 @@ from experiment.style import STYLE, accuracy_range, plain_number, save
 Cells = Mapping[tuple[float, float], float]
 
 
-def draw(rows: Sequence[Mapping[str, Any]], grid: Any, method: str, folder: Path) -> list[Path]:
-    """Write heat_map.png and .svg; returns their paths, [] where the grid has no two numbers.
+def draw(rows: Sequence[Mapping[str, Any]], grid: Any, title: str, path: Path) -> list[Path]:
+    """Write path.png and path.svg; returns their paths, [] where the grid has no two numbers.
 
     rows  as in trials.csv
     grid  has settings and preset
@@ -25,13 +25,13 @@ def draw(rows: Sequence[Mapping[str, Any]], grid: Any, method: str, folder: Path
     cells = best_cells(rows, *names) if len(names) == 2 else {}
     if not cells:
         return []
-    title = f"{method}: mean validation accuracy of {len(rows[0]['seeds'].split())} seeds (%)"
+    title += f": mean validation accuracy of {len(rows[0]['seeds'].split())} seeds (%)"
     others = [name for name in grid.settings if name not in names]
     if others:
         title += f"\nbest over {', '.join(others)}"
     preset = tuple(grid.preset[name] for name in names if name in grid.preset)
     with plt.rc_context(STYLE):
-        return save(figure(cells, names, title, preset), folder, "heat_map")
+        return save(figure(cells, names, title, preset), path.parent, path.name)
 
 
 def _is_scale(values: Any) -> bool:

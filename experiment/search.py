@@ -1,19 +1,14 @@
-"""A search for settings: its grid, its trials on the disk, and how a stopped search goes on.
+"""A search for settings: its trials on the disk, and how a stopped search goes on.
 
 Trials are Optuna's. Everything is in one folder: journal.log (Optuna's storage), runs/ (those that
 are not finished) and trials.csv. Any number of processes work on it at once.
 """
 
 import json
-import random
 import shutil
-import tomllib
 import warnings
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from experiment.commands import COMMANDS, finish
 from experiment.errors import Diverged, UserError
 from experiment.files import write_csv
+from experiment.grid import Grid
 
 COLUMNS = ("number", "state", "seeds", "values", "seconds", "commit")
 DEFAULT_TRIALS = 50  # of a search with a range, which never ends by itself
@@ -40,71 +36,16 @@ COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Settings to try, as a TOML file holds them.
-
-    flags     of every trial
-    settings  {flag: list of values, or {low, high, log} of a range}; lists alone are a grid, of
-              which every cell is tried, and with a range Optuna's TPE chooses
-    preset    {flag: value} where the preset lies at the members and epochs of `flags`
-    """
-
-    flags: str
-    settings: Mapping[str, Any]
-    preset: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, path: Path) -> "Grid":
-        """Raises UserError for a file that cannot be read or that holds something else."""
-        try:
-            content = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        unknown = content.keys() - {"flags", "settings", "preset"}
-        if unknown or not content.get("settings"):
-            raise UserError(
-                f"{path} must hold the table settings, and may hold flags and preset; got "
-                f"{', '.join(content) or 'nothing'}"
-            )
-        grid = cls(content.get("flags", ""), content["settings"], content.get("preset", {}))
-        try:
-            grid.distributions  # noqa: B018
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from error
-        return grid
-
-    @cached_property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        return {name: _distribution(name, values) for name, values in self.settings.items()}
-
-    @property
-    def cells(self) -> list[dict[str, Any]]:
-        """All combinations of the lists, in an order that covers the grid evenly; [] with a range.
-
-        The preset, where it is one of them, comes first.
-        """
-        if not all(isinstance(values, list) for values in self.settings.values()):
-            return [dict(self.preset)] if self.preset.keys() == self.settings.keys() else []
-        cells = [
-            dict(zip(self.settings, values, strict=True))
-            for values in product(*self.settings.values())
-        ]
-        random.Random(0).shuffle(cells)
-        return sorted(cells, key=lambda cell: cell != self.preset)
-
-    @property
-    def has_range(self) -> bool:
-        return any(isinstance(values, dict) for values in self.settings.values())
+def distributions(grid: Grid) -> dict[str, BaseDistribution]:
+    """Return Optuna's form of the settings: lists alone are a grid, ranges are TPE's to choose."""
+    return {name: _distribution(values) for name, values in grid.settings.items()}
 
 
-def _distribution(name: str, values: Any) -> BaseDistribution:
-    if isinstance(values, list) and values:
+def _distribution(values: Any) -> BaseDistribution:
+    if isinstance(values, list):
         return CategoricalDistribution(values)
-    if isinstance(values, dict) and values.keys() >= {"low", "high"}:
-        whole = isinstance(values["low"], int) and isinstance(values["high"], int)
-        return IntDistribution(**values) if whole else FloatDistribution(**values)
-    raise ValueError(f"{name} must be a list of values or {{ low, high, log }}, got {values}")
+    whole = isinstance(values["low"], int) and isinstance(values["high"], int)
+    return IntDistribution(**values) if whole else FloatDistribution(**values)
 
 
 class Search:
@@ -120,7 +61,7 @@ class Search:
         with self.lock:
             self.study = _open_study(folder / "journal.log", method)
             self._check_same()
-            for cell in grid.cells:
+            for cell in grid.first:
                 self.study.enqueue_trial(cell, skip_if_exists=True)
             self._write()  # a kill may have come between a trial's end and this
 
@@ -151,7 +92,7 @@ class Search:
                 return None
             # keyed by the trial: a process that goes on must not repeat the first suggestions
             self.study.sampler = optuna.samplers.TPESampler(seed=len(known))
-            trial = self.study.ask(self.grid.distributions)
+            trial = self.study.ask(distributions(self.grid))
             folder = self._folder(trial)
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / ".lock")
@@ -172,8 +113,8 @@ class Search:
             if trial.state == TrialState.FAIL and settings:
                 self.study.enqueue_trial(settings, user_attrs={"first": first})
 
-    def run(self, held: "Held") -> list[float]:
-        """Train with every seed; return the validation accuracies.
+    def run(self, held: "Held") -> Row:
+        """Train with every seed; return the trial's row of trials.csv.
 
         Runs that a killed process has left are continued. Raises UserError where a script fails.
         """
@@ -198,7 +139,7 @@ class Search:
             self._tell(held, TrialState.FAIL, values, seconds, commit)
             raise
         self._tell(held, state, values, seconds, commit)
-        return values
+        return self.rows()[trial.number]
 
     def _tell(
         self, held: "Held", state: TrialState, values: list, seconds: float, commit: str
@@ -215,10 +156,11 @@ class Search:
             shutil.rmtree(self._folder(trial))
 
     def _write(self) -> None:
-        write_csv(self.folder / "trials.csv", self.rows(), [*COLUMNS, *self.grid.settings])
+        begun = [row for row in self.rows() if row["state"] != "WAITING"]
+        write_csv(self.folder / "trials.csv", begun, [*COLUMNS, *self.grid.settings])
 
     def rows(self) -> list[Row]:
-        """Return a row of trials.csv for each trial that was begun."""
+        """Return a row of trials.csv for each trial, its number is its place."""
         return [
             {
                 "number": trial.number,
@@ -230,16 +172,29 @@ class Search:
                 **trial.params,
             }
             for trial in self.study.get_trials(deepcopy=False)
-            if trial.state != TrialState.WAITING
         ]
 
-    def best(self) -> FrozenTrial | None:
-        """Return the complete trial with the highest mean accuracy."""
-        complete = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-        return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    def best(self) -> Row | None:
+        """Return the row of the complete trial with the highest mean accuracy."""
+        try:
+            return self.rows()[self.study.best_trial.number]
+        except ValueError:  # none is complete
+            return None
 
     def _folder(self, trial: Trial | FrozenTrial) -> Path:
         return self.folder / "runs" / f"{_first(trial):04d}"
+
+
+def describe(row: Row) -> str:
+    """Return a line with a trial's settings, validation accuracies and seconds."""
+    settings = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name not in COLUMNS
+    )
+    accuracies = " ".join(f"{float(value):.2%}" for value in row["values"].split())
+    state = "" if row["state"] == "COMPLETE" else f" {row['state'].lower()}"
+    return f"trial {row['number']}: {', '.join(settings)}: {accuracies}{state}, {row['seconds']} s"
 
 
 @dataclass(frozen=True)
