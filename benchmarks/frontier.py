@@ -3,7 +3,7 @@
 python benchmarks/frontier.py --out-dir results/frontier     # some hours on two cores
 python benchmarks/frontier.py --tiny --dataset mnist-sample  # one short run of each method
 
-1. Trials: every method gets each length with each of two settings, on the validation split, seed 0.
+1. Trials: every method gets each length with each of its settings, on the validation split, seed 0.
 2. Trials of a method that no other trial of it beats in both seconds and accuracy are repeated on
    all training images with all seeds, one seed after the other.
 3. frontier.csv has a row for each of them, frontier.md the seconds of the shortest run whose mean
@@ -31,16 +31,20 @@ from experiment.script import run_script
 from experiment.style import colour, line_format
 
 INT8 = "node-perturbation-int8"
-Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
+Method = Literal[
+    "backprop", "eggroll", "eggroll-dense", "node-perturbation", "node-perturbation-int8"
+]
 METHODS: tuple[Method, ...] = get_args(Method)
-SETTINGS = {  # two for each method, chosen before the trials
+SETTINGS = {  # chosen before the trials
     "backprop": ("--lr 0.1", "--lr 0.2"),
     "eggroll": ("--population 8192 8192 256", "--population 4096 4096 128"),
+    "eggroll-dense": ("",),
     "node-perturbation": ("--population 96 128 16 --lr 0.1", "--population 128 128 16 --lr 0.14"),
     INT8: ("--population 96 128 16 --lr 0.04", "--population 128 128 16 --lr 0.06"),
 }
 TINY = {"backprop": "", "eggroll": "--population 66"}
 LENGTHS = (1, 2, 3, 4, 6)  # epochs
+LONGEST = {"eggroll-dense": 3}  # it ends below the accuracies that matter
 REACHED = (97.0, 97.5, 98.0, 98.3)  # % of the test set
 
 Summary = Mapping[str, Any]
@@ -109,7 +113,13 @@ def measure(config: Config) -> list[Row]:
             Point(method, 1, TINY.get(method, "--population 12")) for method in config.methods
         ]
     else:
-        points = [Point(m, n, own) for n in LENGTHS for m in config.methods for own in SETTINGS[m]]
+        points = [
+            Point(method, epochs, settings)
+            for epochs in LENGTHS
+            for method in config.methods
+            for settings in SETTINGS[method]
+            if epochs <= LONGEST.get(method, LENGTHS[-1])
+        ]
     trials = {point: train(config, point, Path("trials") / point.name) for point in points}
     chosen: dict[Point, list[Summary]] = {point: [] for point in undominated(trials)}
     for seed in range(1 if config.tiny else config.seeds):
