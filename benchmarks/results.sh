@@ -35,6 +35,7 @@ experiment() {
 experiment eggroll eggroll
 experiment eggroll+unsmoothed eggroll --smoothing 0
 experiment eggroll-dense eggroll-dense --smoothing 0
+"$PYTHON" benchmarks/population.py "$out/population-39000"
 
 # 784-100-50-10 in integers
 for seed in 0 1 2 3 4; do

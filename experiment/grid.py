@@ -13,7 +13,7 @@ from experiment.errors import UserError
 
 @dataclass(frozen=True)
 class Grid:
-    """What a file of results/grids holds.
+    """Content of a file of results/grids.
 
     flags     of every trial
     settings  {flag: list of values, or {low, high, log} of a range}

@@ -2,13 +2,12 @@
 
 python -m experiment.report results/latest            write tables, plots and report.html
 python -m experiment.report publish SOURCE TARGET     copy what is worth committing
-python -m experiment.report readme                    rewrite the README's table
+python -m experiment.report pages                     remake the tables of the README and docs
 """
 
 import csv
 import json
 import shutil
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,9 @@ from experiment.errors import UserError
 from experiment.files import write_atomically, write_csv
 from experiment.page import page
 from experiment.script import run_script
+from experiment.tables import COLUMNS, ROOT, make_tables, markdown_tables, with_tables
 
-ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT / "results" / "reference" / "third-edition" / "summary.csv"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 METHODS = (
     "backprop",
     "eggroll",
@@ -30,17 +28,6 @@ METHODS = (
     "node-perturbation",
     "node-perturbation-int8",
 )
-COLUMNS = (
-    "method",
-    "signal",
-    "members",
-    "epochs",
-    "test accuracy",
-    "seconds",
-    "over backprop's",
-    "memory",
-)
-
 Summary = Mapping[str, Any]
 
 
@@ -103,63 +90,6 @@ def write_report(folder: Path) -> list[Path]:
     return [*(folder / name for name in names), *drawn]
 
 
-def markdown_tables(summaries: Sequence[Summary]) -> str:
-    """Return a table for each dataset and device, with a caption."""
-    header = f"| {' | '.join(COLUMNS)} |\n|---|---|{'---:|' * len(COLUMNS[2:])}\n"
-    tables = []
-    for rows, caption in make_tables(summaries):
-        lines = [f"| {' | '.join(cells)} |\n" for cells in rows]
-        tables.append(f"{header}{''.join(lines)}\n{caption}\n")
-    return "\n".join(tables)
-
-
-def make_tables(summaries: Sequence[Summary]) -> list[tuple[list[Sequence[str]], str]]:
-    """Return rows and a caption for each dataset and device."""
-    tables = []
-    for dataset, device in dict.fromkeys((s["dataset"], s["device"]) for s in summaries):
-        same = [s for s in summaries if (s["dataset"], s["device"]) == (dataset, device)]
-        caption = (
-            f"{dataset}, {device}. Test accuracy: mean ± standard deviation (number of seeds); "
-            "seconds of training and peak memory: medians."
-        )
-        tables.append((_table_rows(same), caption))
-    return tables
-
-
-def _table_rows(summaries: Sequence[Summary]) -> list[Sequence[str]]:
-    groups: dict[tuple, list[Summary]] = {}
-    for summary in summaries:
-        key = (summary["row"], summary["population"], summary["epochs"])
-        groups.setdefault(key, []).append(summary)
-    backprop = [s for s in summaries if s["row"] == "backprop"]
-    rows: list[Sequence[str]] = []
-    for group in groups.values():
-        first, seconds = group[0], _median(group, "train_seconds")
-        row = (
-            first["row"],
-            Path(first["fitness"]).name,
-            f"{int(first['population']):,}" if first["population"] else "",
-            str(first["epochs"]),
-            _mean_and_deviation([float(s["test_accuracy"]) for s in group]),
-            f"{seconds:,.1f}",
-            f"{seconds / _median(backprop, 'train_seconds'):,.1f}x" if backprop else "",
-            f"{_median(group, 'peak_memory_mb'):,.0f} MB",
-        )
-        rows.append(row)
-    return rows
-
-
-def _median(summaries: Sequence[Summary], column: str) -> float:
-    return statistics.median(float(s[column]) for s in summaries)
-
-
-def _mean_and_deviation(accuracies: Sequence[float]) -> str:
-    mean = f"{100 * statistics.mean(accuracies):.2f}"
-    if len(accuracies) > 1:
-        mean += f" ± {100 * statistics.stdev(accuracies):.2f}"
-    return f"{mean} % ({len(accuracies)})"
-
-
 def publish(source: Path, target: Path) -> None:
     """Copy tables and plots, each seed's metrics.csv, and config.json and weights of the first."""
     reports = [path for path in write_report(source) if path.suffix != ".html"]
@@ -175,20 +105,11 @@ def publish(source: Path, target: Path) -> None:
             shutil.copy(run / "model.safetensors", copy.parent / "model.safetensors")
 
 
-def readme_with_table(readme: str) -> str:
-    """Return the README with its table remade from the committed summary.csv."""
-    with REFERENCE.open() as file:
-        summaries = list(csv.DictReader(file))
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{markdown_tables(summaries)}{END}{after}"
-
-
 def main() -> None:
     match sys.argv[1:]:
-        case ["readme"]:
-            path = ROOT / "README.md"
-            write_atomically(path, readme_with_table(path.read_text()))
+        case ["pages"]:
+            for path in PAGES:
+                write_atomically(path, with_tables(path.read_text()))
         case ["publish", source, target]:
             publish(Path(source), Path(target))
         case [folder] if folder != "publish" and not folder.startswith("-"):
@@ -197,7 +118,7 @@ def main() -> None:
             print("\n".join(map(str, paths)))
         case _:
             raise UserError(
-                "expected FOLDER, publish SOURCE TARGET or readme, got "
+                "expected FOLDER, publish SOURCE TARGET or pages, got "
                 + (" ".join(sys.argv[1:]) or "nothing")
             )
 

@@ -8,6 +8,7 @@ import tarfile
 import pytest
 import torch
 from conftest import ROOT, run_command
+from reports import write_run
 from runs import read_csv
 from torch import nn
 
@@ -166,6 +167,21 @@ def test_ablations_have_a_row_for_each_value_and_skip_finished_runs(tmp_path):
     written = [path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/seed0/checkpoint.pt")]
     assert len(written) == 3 and run_command(*command).returncode == 0
     assert written == [p.stat().st_mtime_ns for p in tmp_path.glob("runs/*/seed0/checkpoint.pt")]
+
+
+def test_the_time_of_ten_epochs_follows_from_an_interrupted_run(tmp_path):
+    write_run(tmp_path, "eggroll", 0, 0.975, steps=938, population=39_000, train_seconds=200.0)
+    (tmp_path / "eggroll" / "seed0").rename(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["flags"] |= {"batch_size": 128, "smoothing": 0}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    done = run_command(sys.executable, ROOT / "benchmarks" / "population.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = read_csv(tmp_path / "population.csv")
+    assert row["seconds_of_ten_epochs"] == "1000" and row["epochs"] == "2.0"
+    assert row["signal"] == "accuracy" and row["test_accuracy"] == "97.50"
+    done = run_command(sys.executable, ROOT / "benchmarks" / "population.py", tmp_path / "none")
+    assert done.returncode == 2 and "expected a folder of runs" in done.stderr
 
 
 def test_twins_estimate_the_gradient_from_pairs_of_opposite_members():

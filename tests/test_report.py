@@ -10,6 +10,8 @@ from conftest import ROOT, call, captured
 from reports import summary, write_run
 
 from experiment import plots, report, style
+from experiment.errors import UserError
+from experiment.tables import with_tables
 
 
 def test_the_table_states_mean_deviation_seeds_medians_and_ratio():
@@ -129,11 +131,25 @@ def test_a_report_of_nothing_is_one_line(words, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_the_readmes_table_is_replaced_between_the_markers():
-    readme = f"# Title\n{report.BEGIN}\nold\n{report.END}\nrest\n"
-    new = report.readme_with_table(readme)
-    assert new.startswith(f"# Title\n{report.BEGIN}\n| method |") and "old" not in new
-    assert new.endswith(f"{report.END}\nrest\n") and report.readme_with_table(new) == new
+MARKER = "<!-- table: results/reference/third-edition/{} -->\n"
+
+
+def test_tables_are_remade_between_their_markers():
+    marker = MARKER.format("summary.csv")
+    new = with_tables(f"# Title\n{marker}old\n<!-- end -->\nrest\n")
+    assert new.startswith(f"# Title\n{marker}| method |") and "old" not in new
+    assert new.endswith("<!-- end -->\nrest\n")
+    assert with_tables(new) == new
+
+
+def test_a_table_has_the_columns_that_its_marker_names():
+    marker = MARKER.format("frontier.csv [method, epochs]")
+    head, _, *rows = with_tables(f"{marker}<!-- end -->").split("\n")[1:]
+    assert head == "| method | epochs |" and rows[0].startswith("| backprop |")
+    assert "commit " in rows[-2] and rows[-1] == "<!-- end -->"
+    for wrong in ("frontier.csv [nothing]", "nothing.csv"):
+        with pytest.raises(UserError, match="nothing"):
+            with_tables(f"{MARKER.format(wrong)}<!-- end -->")
 
 
 # ---- the page ----
