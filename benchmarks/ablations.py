@@ -1,9 +1,9 @@
 """EGGROLL with one setting changed at a time: validation accuracy, three seeds.
 
-python benchmarks/ablations.py --out-dir results/ablations     # two hours on two cores
+python benchmarks/ablations.py --out-dir results/ablations     # an hour and a half on two cores
 python benchmarks/ablations.py --tiny --dataset mnist-sample   # one short run of each
 
-Every run has half of the preset's members over two epochs, unless its row says otherwise; learning
+Every run has half of the preset's members over one epoch, unless its row says otherwise; learning
 rates follow the preset's rule. Finished runs are kept, and interrupted ones continue.
 """
 
@@ -29,7 +29,7 @@ from experiment.errors import Diverged
 from experiment.script import run_script
 from experiment.style import STYLE, colour, save
 
-USUAL = ("--population", "4096", "4096", "128", "--epochs", "2")
+USUAL = ("--population", "4096", "4096", "128", "--epochs", "1")
 TINY = ("--population", "66", "--epochs", "1")
 POPULATIONS = (500, 1_000, 2_000, 4_000, 8_000, 16_000, 40_000)
 
