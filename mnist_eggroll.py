@@ -29,7 +29,7 @@ from experiment.config import FloatConfig, parse
 from experiment.data import load
 from experiment.device import choose_device
 from experiment.fitness_file import load_fitness
-from experiment.optim import make_optimizer, make_schedule
+from experiment.optim import Scaled, make_optimizer, make_schedule
 from experiment.run import Run
 from experiment.script import run_script
 from model import mlp_of
@@ -54,19 +54,21 @@ class Config(FloatConfig):
 
 # Step-like units need large antithetic perturbations of all units to change at all
 step_like = partial(NodePerturbation, sigma=0.045, units=256, antithetic=True)
-node = partial(Config, lr=0.1, schedule="onecycle", label_smoothing=0.1)
+node = partial(Config, lr=Scaled(0.1), schedule="onecycle", label_smoothing=0.1)
 # Small initial weights keep every class in reach of members that are scored by accuracy
 block = partial(Config, init_scale=0.1, weight_decay=0.02, label_smoothing=0.1, schedule="linear")
 PRESETS = {
-    "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=0.005, epochs=5),
-    "eggroll-dense": Config(LowRank(832), lr=0.015, temperature=2.0, schedule="linear", epochs=3),
+    "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=Scaled(0.005), epochs=5),
+    "eggroll-dense": Config(
+        LowRank(832), lr=Scaled(0.015), temperature=2.0, schedule="linear", epochs=3
+    ),
     "node-perturbation": node(NodePerturbation(), epochs=6),
     # For a card: the experiment's population, and the gradient to first order (not measured yet)
-    "eggroll-gpu": block(BlockLowRank((19200, 19200, 608)), lr=0.0062, epochs=10),
+    "eggroll-gpu": block(BlockLowRank((19200, 19200, 608)), lr=Scaled(0.0062), epochs=10),
     "node-perturbation-gpu": node(NodePerturbation((256, 256, 16), sigma=0.01), epochs=10),
     "sign": node(step_like((192, 192, 16)), activation="sign"),
     "step": node(step_like((192, 192, 16)), activation="step"),
-    "argmax-k": node(step_like((96, 96, 16)), activation="argmax-k", lr=0.06),
+    "argmax-k": node(step_like((96, 96, 16)), activation="argmax-k", lr=Scaled(0.06)),
     "int8-round": node(NodePerturbation(sigma=0.01), activation="int8-round", epochs=6),
 }
 METHODS = {
@@ -92,14 +94,14 @@ def scaled_lr(config: Config, usual: Config, population: int) -> float:
     Fewer members make a noisier estimate, and over more steps its noise adds up: both need smaller
     steps (docs/method.md).
     """
-    if config.lr != usual.lr:
+    if not isinstance(config.lr, Scaled):
         return config.lr
     counts = usual.es.population
     ratio = population / (sum(counts) if isinstance(counts, tuple) else counts)
     scale = ratio**0.5 * (usual.epochs / config.epochs) ** 0.3
     if isinstance(config.es, NodePerturbation):
         scale = min(1.0, ratio)
-    return config.lr * scale if abs(scale - 1) > 0.02 else config.lr
+    return float(config.lr * scale if abs(scale - 1) > 0.02 else config.lr)
 
 
 def main() -> None:
@@ -111,9 +113,9 @@ def main() -> None:
     network = mlp_of(config).to(device)
     evolution = Evolution(network, fitness, config.es, config.seed, smoothing)
     evolution.inspect(data.scale(data.train.images[: config.batch_size]))
-    scaled = replace(config, lr=scaled_lr(config, PRESETS[preset], evolution.population))
-    optimizer = make_optimizer(network, scaled)
-    schedule = make_schedule(optimizer, scaled, config.epochs * data.steps(config.batch_size))
+    config = replace(config, lr=scaled_lr(config, PRESETS[preset], evolution.population))
+    optimizer = make_optimizer(network, config)
+    schedule = make_schedule(optimizer, config, config.epochs * data.steps(config.batch_size))
 
     def train(rows: Tensor) -> Tensor:
         images, labels = data.batch(rows)

@@ -13,13 +13,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiment.config import PathFlag
 from experiment.errors import Interrupted, UserError
 from experiment.grid import Grid
 from experiment.heat_map import draw
 from experiment.script import run_script
 
 Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
-PathFlag = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+
+GRIDS = Path(__file__).resolve().parent / "results" / "grids"
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Config:
     trials: Annotated[int | None, tyro.conf.arg(metavar="INT")] = None
     """Trials in all, those of earlier calls included (None: the whole grid; 50 with a range)."""
     seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    """Start no trial once all of them have trained for so many seconds together."""
+    """Start no new trial once total training time reaches this."""
     seeds: tuple[int, ...] = (0, 1)
-    """Seeds of each trial, whose value is their mean accuracy."""
+    """Seeds of a trial, whose value is their mean accuracy; from 4 on, bad trials are pruned."""
     out_dir: PathFlag = None
     """Folder of the search (None: results/search/ and the grid's name)."""
 
@@ -44,11 +46,12 @@ def main() -> None:
     config, flags = tyro.cli(
         Config, description=__doc__, config=(tyro.conf.OmitArgPrefixes,), return_unknown_args=True
     )
+    check(config)
     try:
         from experiment.search import Search, describe
     except ModuleNotFoundError as missing:
         raise UserError(f"{missing}: pip install -r requirements-dev.txt") from missing
-    path = config.grid or Path("results") / "grids" / f"{config.method}.toml"
+    path = config.grid or GRIDS / f"{config.method}.toml"
     folder = config.out_dir or Path("results") / "search" / path.stem
     grid = Grid.read(path)
     search = Search(config.method, grid, config.seeds, flags, folder)
@@ -61,6 +64,16 @@ def main() -> None:
         print(f"best: {describe(best)}")
     plots = draw(search.rows(), grid, config.method, folder / "heat_map")
     print(*(folder / "trials.csv", *plots), sep="\n")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first invalid value."""
+    for name in ("trials", "seconds"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be > 0, got {value}")
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"--seeds must be different numbers, got {config.seeds or 'none'}")
 
 
 if __name__ == "__main__":

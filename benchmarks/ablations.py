@@ -9,10 +9,10 @@ rates follow the preset's rule. Finished runs are kept, and interrupted ones con
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, fr
 from benchmarks.rows import Row, provenance, show, write_rows
 from experiment.commands import COMMANDS, finish
 from experiment.config import MARKERS
-from experiment.errors import Diverged
 from experiment.script import run_script
 from experiment.style import STYLE, colour, save
 
@@ -76,45 +75,46 @@ class Config:
     """CPU threads of a run."""
 
 
-def train(config: Config, typed: str, folder: Path, seed: int) -> tuple[float, float, float]:
-    """Return a run's validation accuracy in %, 0 where it diverged, its seconds and its MB."""
+def train(config: Config, typed: str, folder: Path, seed: int) -> Mapping[str, Any]:
+    """Return the summary of a run."""
     words, command = typed.split(), COMMANDS["eggroll"]
     if words and not words[0].startswith("--"):
         command = ("benchmarks/baselines.py", words.pop(0))
     # of a flag that is typed twice, the last counts
     flags = [*words, *TINY] if config.tiny else [*USUAL, *words]
     flags += ["--dataset", config.dataset, "--threads", str(config.threads), "--seed", str(seed)]
-    try:
-        summary = finish(command, config.out_dir / "runs" / folder / f"seed{seed}", *flags)
-    except Diverged:
-        return 0.0, 0.0, 0.0
-    accuracy = 100 * summary["validation_accuracy"]
-    return accuracy, summary["train_seconds"], summary["peak_memory_mb"]
+    return finish(command, config.out_dir / "runs" / folder / f"seed{seed}", *flags)
 
 
 def measure(config: Config) -> Iterator[Row]:
-    """Yield a row for each value of each setting, over its seeds."""
+    """Yield a row for each value of each setting, over the seeds that did not diverge."""
     for setting in config.settings:
         for value, typed in ABLATIONS[setting].items():
             folder = Path("_".join(typed.replace("--", "").split()) or "usual")
             seeds = range(1 if config.tiny else config.seeds)
             runs = [train(config, typed, folder, seed) for seed in seeds]
-            accuracies, seconds, memory = zip(*runs, strict=True)
+            runs = [run for run in runs if run["status"] == "finished"]
+            accuracies = [100 * run["validation_accuracy"] for run in runs]
             yield {
                 "setting": setting,
                 "value": value,
                 "seeds": len(runs),
-                "validation_accuracy": round(statistics.mean(accuracies), 3),
+                "validation_accuracy": round(statistics.mean(accuracies), 3) if runs else "",
                 "standard_deviation": round(statistics.stdev(accuracies), 3) if runs[1:] else 0.0,
-                "seconds": round(statistics.median(seconds), 1),
-                "memory_mb": round(statistics.median(memory)),
+                "seconds": round(_median(runs, "train_seconds"), 1),
+                "memory_mb": round(_median(runs, "peak_memory_mb")),
             }
+
+
+def _median(runs: Sequence[Mapping[str, Any]], name: str) -> float:
+    return statistics.median(run[name] for run in runs) if runs else 0.0
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw a panel for each setting, with the same accuracy axis."""
     with plt.rc_context(STYLE):
         figure, grid = plt.subplots(2, 4, figsize=(15, 7), layout="constrained", sharey=True)
+        rows = [row for row in rows if row["validation_accuracy"] != ""]
         accuracies = [float(row["validation_accuracy"]) for row in rows]
         best = max(accuracies)
         for axes, setting in zip(grid.flat, ABLATIONS, strict=False):
@@ -145,7 +145,7 @@ def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
 
 
 def law(rows: Sequence[Row]) -> str:
-    """Return the power law of the error in the population, fitted in logarithms."""
+    """Fit error = a x population^b in logarithms; return it as text."""
     own = [row for row in rows if row["setting"] == "population" and row["validation_accuracy"]]
     if len(own) < 2:
         return ""

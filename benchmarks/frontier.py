@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, fr
 from benchmarks.rows import Panel, Row, Series, draw, provenance, show, write_rows
 from experiment.commands import COMMANDS, finish
 from experiment.config import MARKERS
+from experiment.errors import UserError
 from experiment.script import run_script
 from experiment.style import colour, line_format
 
@@ -87,6 +88,8 @@ def train(config: Config, point: Point, folder: Path, *flags: str) -> Summary:
     flags = (*point.settings.split(), *flags, "--epochs", str(point.epochs), "--eval-every", "100")
     flags += ("--device", config.device, "--dataset", config.dataset)
     summary = finish(COMMANDS[point.method], config.out_dir / folder, *flags)
+    if summary["status"] == "diverged":
+        raise UserError(f"{folder} has diverged: its settings need a smaller --lr")
     accuracy = summary["validation_accuracy"] or summary["test_accuracy"]
     print(f"{folder}: {accuracy:.2%}, {summary['train_seconds']:.1f} s", flush=True)
     return summary

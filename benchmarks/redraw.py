@@ -57,7 +57,8 @@ def main() -> None:
     for path in plots.draw_all(read_curves(folder, summaries), summaries, folder):
         print(path)
     for path in sorted(folder.glob("search/*.csv")):
-        print(*draw_search(path), sep="\n")
+        for drawn in draw_search(path):
+            print(drawn)
     for name, plot in PLOTS.items():
         if (folder / name).exists():
             plot(read_rows(folder / name), folder / name)

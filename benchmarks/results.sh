@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Make the results of a machine, some hours on two cores with nothing beside it.
+# Reproduce all results; takes some hours on two idle cores.
 #
 # usage: benchmarks/results.sh FOLDER
 #
-# Everything is written under FOLDER; copy what is worth keeping with
+# Everything is written under FOLDER; publish a table with
 # python -m experiment.report publish FOLDER/table results/reference/NAME.
 # Environment: PYTHON (default .venv/bin/python), MNIST_DIR (default data).
 # After Ctrl-C the same command goes on; finished runs are skipped.
@@ -27,10 +27,14 @@ METHODS=eggroll-dense SEEDS="0 1 2" RESULTS_DIR=$table ./run_experiments.sh
 # Steps, and their lower bounds
 "$PYTHON" benchmarks/speed.py --csv "$out/speed.csv" --json "$out/speed.json"
 
-# The experiment as it was: a population of 39,000, with accuracy as the signal, an hour at most
+# The original experiment: a population of 39,000, with accuracy as the signal, for an hour
 experiment() {
-    timeout --signal INT 3600 "$PYTHON" mnist_eggroll.py "${@:2}" --population 39000 --epochs 10 \
-        --fitness accuracy --train-on-all --resume --out-dir "$out/population-39000/$1" || true
+    local folder=$out/population-39000/$1 code=0
+    [ ! -e "$folder/done" ] || return 0
+    timeout --foreground --signal INT 3600 "$PYTHON" mnist_eggroll.py "${@:2}" --population 39000 \
+        --epochs 10 --fitness accuracy --train-on-all --resume --out-dir "$folder" || code=$?
+    [ $code = 0 ] || [ $code = 124 ] || exit $code
+    mkdir -p "$folder" && touch "$folder/done"
 }
 experiment eggroll eggroll
 experiment eggroll+unsmoothed eggroll --smoothing 0
@@ -46,7 +50,7 @@ done
 # Other signals and units without a gradient; the methods themselves are in the table already
 mkdir -p "$out/any-signal"
 for method in backprop eggroll eggroll+accuracy node-perturbation node-perturbation-int8; do
-    cp -rn "$table/$method" "$out/any-signal/"
+    [ -e "$out/any-signal/$method" ] || cp -r "$table/$method" "$out/any-signal/"
 done
 METHODS="backprop eggroll node-perturbation node-perturbation-int8" SEEDS="0 1 2" \
     RESULTS_DIR=$out/any-signal ./run_experiments.sh --all

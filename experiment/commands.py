@@ -1,15 +1,16 @@
-"""Calls of the training scripts as processes of their own."""
+"""Training scripts as processes of their own."""
 
+import fcntl
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from experiment.errors import Diverged, UserError
+from experiment.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
@@ -19,32 +20,59 @@ COMMANDS = {
     "node-perturbation": ("mnist_eggroll.py", "node-perturbation"),
     "node-perturbation-int8": ("mnist_eggroll_int8.py",),
 }
+OVER = ("finished", "diverged")
 
 
 def finish(command: Sequence[str], folder: Path, *flags: str) -> Mapping[str, Any]:
-    """Return the summary of the run in a folder, which is made or continued if need be.
+    """Run or resume training; return its summary, whose status is finished or diverged.
 
     command  script and preset: one of COMMANDS
 
-    Raises Diverged, and UserError with the script's last words where it fails.
+    Raises UserError where the script fails, and where the folder holds a run with other flags.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        pass  # the run of a process that was killed may still be going on: wait for its end
-    status = _read(folder).get("status")
-    if status not in ("finished", "diverged"):
-        script, *preset = command
-        words = [str(ROOT / script), *preset, *flags, "--out-dir", str(folder), "--resume"]
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
-        status = _read(folder).get("status")
-        if done.returncode and status != "diverged":
-            reason = done.stderr[-2000:] or f"ended with code {done.returncode}"
-            raise UserError(f"{' '.join(words)}: {reason}")
-    if status == "diverged":
-        raise Diverged(f"{folder}: training has diverged")
-    return _read(folder)
+    script, *preset = command
+    typed = [*preset, *flags, "--out-dir", str(folder), "--resume"]
+    with _held(folder / ".caller") as lock:
+        summary = _read(folder / "summary.json")
+        if summary.get("status") not in OVER:
+            reason = _run([sys.executable, str(ROOT / script), *typed], lock)
+            summary = _read(folder / "summary.json")
+            if reason and summary.get("status") not in OVER:
+                raise UserError(f"{script} {' '.join(typed)}: {reason}")
+        saved = _read(folder / "config.json")["command"]
+    if saved[1:-3] != typed[:-3]:  # all but --out-dir FOLDER --resume
+        raise UserError(
+            f"{folder} holds a run of {' '.join(saved[1:-3])}, not of {' '.join(typed[:-3])} (give "
+            "another --out-dir)"
+        )
+    return summary
 
 
-def _read(folder: Path) -> Mapping[str, Any]:
-    path = folder / "summary.json"
+@contextmanager
+def _held(path: Path) -> Iterator[int]:
+    """Lock a file; yields its descriptor. A process that inherits it keeps the lock."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the run in {path.parent}, which goes on", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def _run(command: Sequence[str], lock: int) -> str:
+    """Run a command that inherits the lock; return its error message, '' where it succeeds."""
+    pipes: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, pass_fds=[lock]) as process:
+        try:
+            errors = process.communicate()[1]
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C reaches it too: let it save
+            raise
+    words = " ".join(re.sub("[─│╭╮╰╯]", " ", errors).split())
+    return (words[-1000:] or f"exit code {process.returncode}") if process.returncode else ""
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}

@@ -8,7 +8,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError, FloatingPointError):
-    """Training has left the finite numbers."""
+    """The mean fitness is no longer finite."""
 
 
 class Finished(Exception):

@@ -16,7 +16,7 @@ Cells = Mapping[tuple[float, float], float]
 
 
 def draw(rows: Sequence[Mapping[str, Any]], grid: Any, title: str, path: Path) -> list[Path]:
-    """Write path.png and path.svg; returns their paths, [] where the grid has no two numbers.
+    """Write path.png and path.svg; returns their paths, [] where it has fewer than two scales.
 
     rows  as in trials.csv
     grid  has settings and preset
@@ -31,7 +31,8 @@ def draw(rows: Sequence[Mapping[str, Any]], grid: Any, title: str, path: Path) -
         title += f"\nbest over {', '.join(others)}"
     preset = tuple(grid.preset[name] for name in names if name in grid.preset)
     with plt.rc_context(STYLE):
-        return save(figure(cells, names, title, preset), path.parent, path.name)
+        axes = [sorted(map(float, grid.settings[name])) for name in names]
+        return save(figure(cells, names, axes, title, preset), path.parent, path.name)
 
 
 def _is_scale(values: Any) -> bool:
@@ -51,9 +52,18 @@ def best_cells(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> Cells:
     return cells
 
 
-def figure(cells: Cells, names: Sequence[str], title: str, preset: tuple = ()) -> Figure:
-    """Return the heat map: numbers in cells, blanks where nothing ran, a ring at the preset."""
-    xs, ys = (np.array(sorted(set(values))) for values in zip(*cells, strict=True))
+def figure(
+    cells: Cells,
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    title: str,
+    preset: tuple = (),
+) -> Figure:
+    """Return the heat map: numbers in cells, blanks where no trial ended, a ring at the preset.
+
+    names, values  of both axes
+    """
+    xs, ys = map(np.array, values)
     table = np.array([[cells.get((x, y), np.nan) for x in xs] for y in ys])
     drawing, axes = plt.subplots(
         figsize=(1.8 + 0.95 * len(xs), 1.9 + 0.62 * len(ys)), layout="constrained"

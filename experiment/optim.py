@@ -9,6 +9,10 @@ from experiment.config import Config, FloatConfig
 WARM_UP = 0.2  # part of a onecycle schedule in which the learning rate rises
 
 
+class Scaled(float):
+    """A preset's learning rate, which a script adapts to other flags; a typed one is no Scaled."""
+
+
 def make_optimizer(network: nn.Module, config: FloatConfig) -> torch.optim.Optimizer:
     """Return the optimizer that the flags name; on CUDA one that a graph can contain."""
     weights = list(network.parameters())

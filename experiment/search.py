@@ -1,11 +1,13 @@
-"""A search for settings: its trials on the disk, and how a stopped search goes on.
+"""Run and resume a hyperparameter search with Optuna.
 
-Trials are Optuna's. Everything is in one folder: journal.log (Optuna's storage), runs/ (those that
-are not finished) and trials.csv. Any number of processes work on it at once.
+A folder holds journal.log (Optuna's storage), runs/ (of trials that are not finished) and
+trials.csv. Any number of processes can work on it at once.
 """
 
 import json
+import os
 import shutil
+import statistics
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,27 +27,26 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiment.commands import COMMANDS, finish
-from experiment.errors import Diverged, UserError
+from experiment.errors import UserError
 from experiment.files import write_csv
 from experiment.grid import Grid
 
 COLUMNS = ("number", "state", "seeds", "values", "seconds", "commit")
-DEFAULT_TRIALS = 50  # of a search with a range, which never ends by itself
-COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+DEFAULT_TRIALS = 50  # with a range, which never ends by itself
+ATTEMPTS = 2  # at a trial whose script fails
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
+COUNTED = (*ENDED, TrialState.RUNNING)
+RESERVED = ("seed", "train-on-all", "eval-every", "out-dir", "resume", "overwrite")
 
 Row = dict[str, Any]
 
 
-def distributions(grid: Grid) -> dict[str, BaseDistribution]:
-    """Return Optuna's form of the settings: lists alone are a grid, ranges are TPE's to choose."""
-    return {name: _distribution(values) for name, values in grid.settings.items()}
+@dataclass(frozen=True)
+class RunningTrial:
+    """A trial, and the lock that tells other processes that it is running."""
 
-
-def _distribution(values: Any) -> BaseDistribution:
-    if isinstance(values, list):
-        return CategoricalDistribution(values)
-    whole = isinstance(values["low"], int) and isinstance(values["high"], int)
-    return IntDistribution(**values) if whole else FloatDistribution(**values)
+    trial: Trial
+    lock: FileLock
 
 
 class Search:
@@ -56,103 +57,138 @@ class Search:
     ):
         self.method, self.grid, self.seeds, self.folder = method, grid, seeds, folder
         self.flags = [*grid.flags.split(), *flags]
+        self._check_flags()
         folder.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(folder / ".lock")
         with self.lock:
-            self.study = _open_study(folder / "journal.log", method)
-            self._check_same()
+            self.study = self._open_study()
             for cell in grid.first:
                 self.study.enqueue_trial(cell, skip_if_exists=True)
-            self._write()  # a kill may have come between a trial's end and this
+            for trial in self._trials(*ENDED):  # a kill may have come before this
+                shutil.rmtree(self._folder(trial), ignore_errors=True)
+            self._write()
 
-    def _check_same(self) -> None:
-        record = {"settings": self.grid.settings, "flags": self.flags, "seeds": self.seeds}
-        text = json.dumps(record, sort_keys=True)
-        saved = self.study.user_attrs.setdefault("search", text)
-        if saved != text:
+    def _check_flags(self) -> None:
+        """Raise UserError for flags that the search sets itself."""
+        typed = {word.removeprefix("--").partition("=")[0] for word in self.flags}
+        for name in self.grid.settings:
+            if name in (*RESERVED, *typed):
+                raise UserError(f"--{name} cannot be a setting and a flag of all trials")
+        for name in RESERVED:
+            if name in typed:
+                raise UserError(f"the search sets --{name} itself: leave it out")
+
+    def _open_study(self) -> optuna.Study:
+        """Return the folder's study, a new one where no trial of the old one has ended or runs."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        path = self.folder / "journal.log"
+        backend = JournalFileBackend(str(path), JournalLock(path))  # pyright: ignore
+        names = {"storage": JournalStorage(backend), "study_name": "search"}
+        options = {"direction": "maximize", "pruner": optuna.pruners.WilcoxonPruner()}
+        study = optuna.create_study(**names, **options, load_if_exists=True)
+        record = {
+            "method": self.method,
+            "flags": self.flags,
+            "seeds": list(self.seeds),
+            "settings": dict(self.grid.settings),
+        }
+        saved = study.user_attrs.get("search", {})
+        if saved == record:
+            return study
+        if study.get_trials(deepcopy=False, states=COUNTED):
+            different = {name: saved[name] for name in record if record[name] != saved[name]}
             raise UserError(
-                f"{self.folder} holds a search with other settings, flags or seeds: {saved} "
-                "(give another --out-dir)"
+                f"{self.folder} holds a search with other {' and '.join(different)}: "
+                f"{json.dumps(different)} (delete it, or give another --out-dir)"
             )
-        self.study.set_user_attr("search", text)
+        optuna.delete_study(**names)
+        shutil.rmtree(self.folder / "runs", ignore_errors=True)
+        study = optuna.create_study(**names, **options)
+        study.set_user_attr("search", record)
+        return study
 
-    def next_trial(self, trials: int | None, seconds: float | None) -> "Held | None":
+    def next_trial(self, trials: int | None, seconds: float | None) -> RunningTrial | None:
         """Return a trial to run; None where none is left, or `trials` or `seconds` are used up."""
         if trials is None and self.grid.has_range:
             trials = DEFAULT_TRIALS
         with self.lock:
             self._try_again()
-            known = self.study.get_trials(deepcopy=False)
-            if trials is not None and sum(t.state in COUNTED for t in known) >= trials:
+            counted = self._trials(*COUNTED)
+            if trials is not None and len(counted) >= trials:
                 return None
-            if seconds is not None and sum(map(_seconds, known)) >= seconds:
+            if seconds is not None and sum(map(_seconds, counted)) >= seconds:
                 return None
-            waiting = any(t.state == TrialState.WAITING for t in known)
-            if not waiting and not self.grid.has_range:
+            if not self._trials(TrialState.WAITING) and not self.grid.has_range:
                 return None
-            # keyed by the trial: a process that goes on must not repeat the first suggestions
-            self.study.sampler = optuna.samplers.TPESampler(seed=len(known))
+            # a new seed for each trial, so that a resumed search does not repeat suggestions
+            self.study.sampler = optuna.samplers.TPESampler(seed=len(self._trials()))
             trial = self.study.ask(distributions(self.grid))
-            folder = self._folder(trial)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock")
+            lock = self._lock_of(trial)
             lock.acquire()
-        return Held(trial, lock)
+        return RunningTrial(trial, lock)
 
     def _try_again(self) -> None:
         """Queue failed trials again, and those whose process is gone."""
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            folder = self._folder(trial)
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+        for trial in self._trials(TrialState.RUNNING):
+            with suppress(Timeout), self._lock_of(trial).acquire(timeout=0):
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        known = self.study.get_trials(deepcopy=False)
-        latest = {_first(trial): trial for trial in known}  # the last of equal keys is kept
-        for first, trial in latest.items():
-            settings = trial.params or trial.system_attrs.get("fixed_params")
-            if trial.state == TrialState.FAIL and settings:
+        attempts: dict[int, list[FrozenTrial]] = {}
+        for trial in self._trials():
+            attempts.setdefault(_first(trial), []).append(trial)
+        for first, same in attempts.items():
+            failures = sum(trial.user_attrs.get("failed", False) for trial in same)
+            settings = same[-1].system_attrs.get("fixed_params", {}) | same[-1].params
+            if same[-1].state == TrialState.FAIL and settings and failures < ATTEMPTS:
                 self.study.enqueue_trial(settings, user_attrs={"first": first})
 
-    def run(self, held: "Held") -> Row:
+    def run(self, running: RunningTrial) -> Row:
         """Train with every seed; return the trial's row of trials.csv.
 
-        Runs that a killed process has left are continued. Raises UserError where a script fails.
+        Runs that a killed process has left are resumed. Raises UserError where a script fails.
         """
-        trial, values = held.trial, []
-        settings = [word for item in trial.params.items() for word in _as_words(*item)]
-        state, seconds, commit = TrialState.COMPLETE, 0.0, ""
+        trial = running.trial
         try:
-            for place, seed in enumerate(self.seeds):
-                folder = self._folder(trial) / f"seed{seed}"
-                own = [*self.flags, *settings, "--seed", str(seed), "--eval-every", "100"]
-                summary = finish(COMMANDS[self.method], folder, *own)
-                commit = json.loads((folder / "config.json").read_text())["commit"]
-                values.append(summary["validation_accuracy"])
-                seconds += summary["train_seconds"]
-                trial.report(values[-1], place)
-                if place + 1 < len(self.seeds) and trial.should_prune():
-                    state = TrialState.PRUNED
-                    break
-        except Diverged:
-            state = TrialState.PRUNED
+            state = self._train(trial)
         except UserError:
-            self._tell(held, TrialState.FAIL, values, seconds, commit)
+            self._tell(running, TrialState.FAIL)
             raise
-        self._tell(held, state, values, seconds, commit)
+        self._tell(running, state)
         return self.rows()[trial.number]
 
-    def _tell(
-        self, held: "Held", state: TrialState, values: list, seconds: float, commit: str
-    ) -> None:
-        trial, complete = held.trial, state == TrialState.COMPLETE
-        for name, value in {"values": values, "seconds": seconds, "commit": commit}.items():
-            trial.set_user_attr(name, value)
+    def _train(self, trial: Trial) -> TrialState:
+        """Train with every seed, until one diverges or the trial is pruned."""
+        settings = [word for item in trial.params.items() for word in _as_words(*item)]
+        values, seconds = [], 0.0
+        for place, seed in enumerate(self.seeds):
+            folder = self._folder(trial) / f"seed{seed}"
+            own = [*self.flags, *settings, "--seed", str(seed), "--eval-every", "100"]
+            summary = finish(COMMANDS[self.method], folder, *own)
+            seconds += summary["train_seconds"]
+            trial.set_user_attr("seconds", seconds)
+            trial.set_user_attr(
+                "commit", json.loads((folder / "config.json").read_text())["commit"]
+            )
+            if summary["status"] == "diverged":
+                return TrialState.PRUNED
+            values.append(summary["validation_accuracy"])
+            trial.set_user_attr("values", values)
+            trial.report(values[-1], place)
+            if place + 1 < len(self.seeds) and trial.should_prune():
+                return TrialState.PRUNED
+        return TrialState.COMPLETE
+
+    def _tell(self, running: RunningTrial, state: TrialState) -> None:
+        trial = running.trial
         with self.lock:
-            mean = sum(values) / len(values) if complete else None
-            self.study.tell(trial, mean, state=state)
+            if state == TrialState.COMPLETE:
+                self.study.tell(trial, statistics.mean(trial.user_attrs["values"]))
+            else:
+                trial.set_user_attr("failed", state == TrialState.FAIL)
+                self.study.tell(trial, state=state)
             self._write()
-        held.lock.release()
-        if state != TrialState.FAIL:
+        running.lock.release()
+        if state in ENDED:
             shutil.rmtree(self._folder(trial))
 
     def _write(self) -> None:
@@ -160,7 +196,7 @@ class Search:
         write_csv(self.folder / "trials.csv", begun, [*COLUMNS, *self.grid.settings])
 
     def rows(self) -> list[Row]:
-        """Return a row of trials.csv for each trial, its number is its place."""
+        """Return a row for each trial, in order of their numbers, 0, 1, ..."""
         return [
             {
                 "number": trial.number,
@@ -171,18 +207,23 @@ class Search:
                 "commit": trial.user_attrs.get("commit", ""),
                 **trial.params,
             }
-            for trial in self.study.get_trials(deepcopy=False)
+            for trial in self._trials()
         ]
 
     def best(self) -> Row | None:
         """Return the row of the complete trial with the highest mean accuracy."""
-        try:
-            return self.rows()[self.study.best_trial.number]
-        except ValueError:  # none is complete
-            return None
+        complete = self._trials(TrialState.COMPLETE)
+        return self.rows()[self.study.best_trial.number] if complete else None
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _folder(self, trial: Trial | FrozenTrial) -> Path:
         return self.folder / "runs" / f"{_first(trial):04d}"
+
+    def _lock_of(self, trial: Trial | FrozenTrial) -> FileLock:
+        self._folder(trial).mkdir(parents=True, exist_ok=True)
+        return FileLock(self._folder(trial) / ".lock")
 
 
 def describe(row: Row) -> str:
@@ -193,16 +234,20 @@ def describe(row: Row) -> str:
         if name not in COLUMNS
     )
     accuracies = " ".join(f"{float(value):.2%}" for value in row["values"].split())
-    state = "" if row["state"] == "COMPLETE" else f" {row['state'].lower()}"
+    state = "" if row["state"] == "COMPLETE" else f" {row['state'].lower()} or diverged"
     return f"trial {row['number']}: {', '.join(settings)}: {accuracies}{state}, {row['seconds']} s"
 
 
-@dataclass(frozen=True)
-class Held:
-    """A trial and the lock that shows other processes that this one works on it."""
+def distributions(grid: Grid) -> dict[str, BaseDistribution]:
+    """Return an Optuna distribution for each setting."""
+    return {name: _distribution(values) for name, values in grid.settings.items()}
 
-    trial: Trial
-    lock: FileLock
+
+def _distribution(values: Any) -> BaseDistribution:
+    if isinstance(values, list):
+        return CategoricalDistribution(values)
+    whole = isinstance(values["low"], int) and isinstance(values["high"], int)
+    return IntDistribution(**values) if whole else FloatDistribution(**values)
 
 
 def _first(trial: Trial | FrozenTrial) -> int:
@@ -224,32 +269,19 @@ def _as_words(name: str, value: Any) -> list[str]:
 
 
 class JournalLock:
-    """A lock of the journal that the system releases when its process is killed."""
+    """A lock of the journal, which is released when its process is killed."""
 
     def __init__(self, path: Path):
-        self.lock = FileLock(path.with_suffix(".lock"))
+        self.path, self.lock = path, FileLock(path.with_suffix(".lock"))
 
     def acquire(self) -> bool:
-        return bool(self.lock.acquire())
+        """Lock the journal, and remove a last line that a killed process has left unfinished."""
+        self.lock.acquire()
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+        return True
 
     def release(self) -> None:
         self.lock.release()
-
-
-def _open_study(path: Path, method: str) -> optuna.Study:
-    """Return the study in a journal. Without its last line, if that was cut by a kill."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    lock = JournalLock(path)
-    with lock.lock:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith(b"\n"):
-            path.write_bytes(b"".join(lines[:-1]))
-    storage = JournalStorage(JournalFileBackend(str(path), lock))  # pyright: ignore
-    return optuna.create_study(
-        storage=storage,
-        study_name=method,
-        direction="maximize",
-        pruner=optuna.pruners.WilcoxonPruner(),
-        load_if_exists=True,
-    )

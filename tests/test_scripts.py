@@ -65,6 +65,14 @@ def test_the_learning_rate_follows_population_and_epochs_unless_it_is_typed(
     assert mnist_eggroll.scaled_lr(config, usual, population) == pytest.approx(expected)
 
 
+def test_a_typed_learning_rate_is_taken_as_it_is_even_the_presets_own(tmp_path):
+    flags = ("node-perturbation", *SMALL, "--population", "48", "--epochs", "1")
+    for name, typed, expected in (("usual", (), 0.1 * 50 / 240), ("typed", ("--lr", "0.1"), 0.1)):
+        train(tmp_path / name, *flags, *typed)
+        rate = read_json(tmp_path / name / "config.json")["flags"]["lr"]
+        assert rate == pytest.approx(expected, rel=0.01)
+
+
 def test_a_scaled_learning_rate_is_kept_when_resuming(tmp_path):
     flags = ("node-perturbation", *SMALL, "--population", "48")
     train(tmp_path / "whole", *flags, "--schedule", "constant")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT, call
-from runs import assert_one_line, read_csv
+from runs import assert_one_line, read_csv, read_json
 
 pytest.importorskip("optuna")
 
@@ -19,8 +19,9 @@ import mnist_backprop
 import mnist_eggroll
 import mnist_eggroll_int8
 from experiment import search as search_module
+from experiment.commands import COMMANDS, finish
 from experiment.config import as_flags
-from experiment.errors import Diverged, UserError
+from experiment.errors import UserError
 from experiment.grid import Grid
 from experiment.heat_map import best_cells, figure
 from experiment.search import Search
@@ -48,17 +49,17 @@ def trained(monkeypatch):
         (folder / "config.json").write_text(json.dumps({"commit": "abc"}))
         lr = float(words[words.index("--lr") + 1])
         seed = int(words[words.index("--seed") + 1])
-        if lr > 0.3:
-            raise Diverged("training has diverged")
-        return {"validation_accuracy": 1 - abs(lr - 0.2) - seed / 100, "train_seconds": 2.0}
+        status = "diverged" if lr > 0.3 else "finished"
+        accuracy = 1 - abs(lr - 0.2) - seed / 100
+        return {"status": status, "validation_accuracy": accuracy, "train_seconds": 2.0}
 
     monkeypatch.setattr(search_module, "finish", finish)
     return calls
 
 
 def run(search, trials=None, seconds=None):
-    while held := search.next_trial(trials, seconds):
-        search.run(held)
+    while running := search.next_trial(trials, seconds):
+        search.run(running)
     return [row for row in search.rows() if row["state"] != "WAITING"]
 
 
@@ -85,6 +86,7 @@ def test_a_grid_tries_every_cell_once_with_every_seed(tmp_path, trained):
 def test_a_diverged_trial_is_pruned_and_not_tried_again(tmp_path, trained):
     rows = run(make(tmp_path))
     assert [row["state"] for row in rows if row["lr"] == 0.4] == ["PRUNED"] * 2
+    assert [row["seconds"] for row in rows] == [2.0 if row["lr"] == 0.4 else 4.0 for row in rows]
     calls = len(trained)
     assert run(make(tmp_path)) == rows and len(trained) == calls
 
@@ -165,16 +167,144 @@ def test_wilcoxon_prunes_where_there_are_enough_seeds(tmp_path, trained):
 
 def test_a_folder_of_another_search_is_refused(tmp_path, trained):
     run(make(tmp_path), trials=1)
-    with pytest.raises(UserError, match="another --out-dir"):
+    with pytest.raises(UserError, match=r"other flags: .*--epochs.*another --out-dir"):
         make(tmp_path, flags=("--epochs", "2"))
+    with pytest.raises(UserError, match="other method"):
+        Search("backprop", Grid("", CELLS, {}), (0, 1), ["--epochs", "1"], tmp_path)
+
+
+def test_a_search_of_which_nothing_ran_gives_way_to_another(tmp_path, trained, monkeypatch):
+    def fails(*_):
+        raise UserError("Unrecognized options: --epoch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "finish", fails)
+        with pytest.raises(UserError):
+            run(make(tmp_path, flags=("--epoch", "1")))
+    assert settings_of(run(make(tmp_path))) == settings_of(run(make(tmp_path / "other")))
+
+
+def test_flags_that_the_search_sets_are_refused(tmp_path):
+    for flags, message in (
+        (("--train-on-all",), "leave it out"),
+        (("--seed=3",), "leave it out"),
+        (("--lr", "0.1"), "--lr cannot be a setting and a flag"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(tmp_path, flags=flags)
 
 
 def test_the_journal_survives_a_half_written_line(tmp_path, trained):
-    rows = run(make(tmp_path), trials=2)
+    search = make(tmp_path)
+    rows = run(search, trials=2)
+    with (tmp_path / "journal.log").open("a") as file:
+        file.write('{"op_code":')  # by another process, which is killed
+    assert run(search, trials=3)[:2] == rows
     with (tmp_path / "journal.log").open("a") as file:
         file.write('{"op_code":')
-    assert run(make(tmp_path), trials=2) == rows
     assert len(run(make(tmp_path))) == 6
+
+
+def test_a_kill_while_the_settings_are_written_loses_no_cell(tmp_path, trained):
+    search = make(tmp_path)
+    run(search, trials=2)
+    lost = search.next_trial(None, None)
+    lost.lock.release()
+    journal = tmp_path / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]))  # the last one is of the second setting
+    rows = [row for row in run(make(tmp_path)) if row["state"] != "FAIL"]
+    assert settings_of(rows) == settings_of(run(make(tmp_path / "whole")))
+
+
+def test_a_trial_that_always_fails_is_given_up(tmp_path, trained, monkeypatch):
+    works = search_module.finish
+
+    def finish(command, folder, *words):
+        if words[words.index("--lr") + 1] == "0.1":
+            raise UserError("out of memory")
+        return works(command, folder, *words)
+
+    monkeypatch.setattr(search_module, "finish", finish)
+    for _ in range(4):
+        with pytest.raises(UserError):
+            run(make(tmp_path))
+    assert len(run(make(tmp_path))) == 4 + 4  # two failed attempts at each of two cells
+
+
+def test_what_a_kill_leaves_of_an_ended_trial_is_removed(tmp_path, trained, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module.shutil, "rmtree", lambda *_, **__: None)
+        run(make(tmp_path), trials=2)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    make(tmp_path)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+# ---- runs ----
+
+SMALL = ("--dataset", "mnist-sample", "--hidden-dim", "8", "--threads", "1")
+LONG = (*SMALL, "--epochs", "80", "--eval-every", "100")
+CALL = """
+import sys
+from pathlib import Path
+from experiment.commands import COMMANDS, finish
+print("begins", flush=True)
+finish(COMMANDS["backprop"], Path(sys.argv[1]), *sys.argv[2:])
+"""
+
+
+def start(folder, *flags):
+    command = [sys.executable, "-c", CALL, folder, *flags]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begins\n"
+    return process
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("moment", ["at the start", "in training"])
+def test_a_run_that_its_caller_has_left_is_waited_for(moment, tmp_path):
+    caller = start(tmp_path / "run", *LONG)
+    wait_for(tmp_path / "run" / (".caller" if moment == "at the start" else "config.json"))
+    time.sleep(0.2)  # the training script is a process by now
+    caller.kill()
+    caller.wait()
+    again = start(tmp_path / "run", *LONG)
+    assert again.stdout.readline().startswith("waiting for the run in")
+    assert again.wait() == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("backprop on mnist-sample") == 1 and "finished" in log
+
+
+def test_ctrl_c_lets_a_run_save(tmp_path):
+    command = [sys.executable, "-c", CALL, tmp_path / "run", *LONG]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True)
+    wait_for(tmp_path / "run" / "checkpoint.pt")
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait()
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "interrupted"
+
+
+def test_a_run_with_other_flags_is_not_taken_for_this_one(tmp_path):
+    finish(COMMANDS["backprop"], tmp_path / "run", *SMALL, "--epochs", "1")
+    assert finish(COMMANDS["backprop"], tmp_path / "run", *SMALL, "--epochs", "1")["epochs"] == 1
+    with pytest.raises(UserError, match=r"a run of .* --epochs 1, not of .* --epochs 2"):
+        finish(COMMANDS["backprop"], tmp_path / "run", *SMALL, "--epochs", "2")
+
+
+def test_a_run_that_diverges_has_a_status_of_its_own(tmp_path):
+    flags = (*SMALL, "--epochs", "3", "--lr", "1e30")
+    assert finish(COMMANDS["backprop"], tmp_path, *flags)["status"] == "diverged"
+    assert finish(COMMANDS["backprop"], tmp_path, *flags)["status"] == "diverged"
+
+
+# ---- the script ----
 
 
 def test_a_search_killed_twice_loses_no_trial_and_runs_none_twice(tmp_path):
@@ -203,11 +333,17 @@ def test_a_search_killed_twice_loses_no_trial_and_runs_none_twice(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr = [1", "cannot be read"),
-        ("[settings]", "must hold the table settings"),
+        ("lr = [1", "is not TOML"),
+        ("[settings]", "must hold a table settings"),
+        ("settings = 5", "must hold a table settings"),
         ("[settings]\nlr = 0.1", "lr must be a list"),
+        ("[settings]\nlr = [[96, 128]]", "lr must be a list"),
         ("[settings]\nlr = { low = 2.0, high = 1.0 }", "lr must be a list"),
+        ("[settings]\nlr = { low = 0.0, high = 1.0, log = true }", "lr must be a list"),
+        ("[settings]\nlr = { low = 0.0, high = 1.0, base = 2 }", "lr must be a list"),
         ("[other]\n[settings]\nlr = [1]", "got other, settings"),
+        ("flags = [1]\n[settings]\nlr = [1]", "flags must be a string"),
+        ("[settings]\nlr = [1]\n[preset]\nsigma = 1", "preset may name settings alone"),
     ],
 )
 def test_a_grid_that_cannot_be_used_gets_one_line(tmp_path, text, message):
@@ -216,11 +352,23 @@ def test_a_grid_that_cannot_be_used_gets_one_line(tmp_path, text, message):
     assert_one_line(call("search.py", "backprop", "--grid", grid, "--out-dir", tmp_path), message)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--trials", "-3"), "--trials must be > 0, got -3"),
+        (("--seconds", "0"), "--seconds must be > 0"),
+        (("--seeds", "1", "1"), "--seeds must be different numbers"),
+        (("--grid", "nowhere.toml"), "nowhere.toml cannot be read: No such file"),
+    ],
+)
+def test_wrong_flags_of_the_search_get_one_line(tmp_path, flags, message):
+    assert_one_line(call("search.py", "backprop", "--out-dir", tmp_path, *flags), message)
+
+
 def test_a_flag_that_the_script_does_not_know_gets_its_line(tmp_path):
     (tmp_path / "grid.toml").write_text(TOML)
     words = ("--grid", tmp_path / "grid.toml", "--out-dir", tmp_path / "out", "--sigma", "1")
-    done = call("search.py", "backprop", *words)
-    assert done.returncode == 2 and "--sigma" in done.stderr
+    assert_one_line(call("search.py", "backprop", *words), "Unrecognized options: --sigma")
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
@@ -257,8 +405,9 @@ def test_cells_of_a_heat_map_are_the_best_of_complete_trials():
     ]
     cells = best_cells(rows, "lr", "sigma")
     assert cells == {(0.1, 1.0): pytest.approx(90), (0.2, 2.0): pytest.approx(70)}
-    axes = figure(cells, ["lr", "sigma"], "title", (0.1, 1.0)).axes[0]
+    values = [[0.1, 0.2, 0.4], [1.0, 2.0]]
+    axes = figure(cells, ["lr", "sigma"], values, "title", (0.1, 1.0)).axes[0]
     assert sorted(text.get_text() for text in axes.texts) == ["70.0", "90.0"]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     mesh = axes.collections[0].get_array()
-    assert mesh.shape == (2, 2) and mesh.mask.sum() == 2  # blank where nothing ran
+    assert mesh.shape == (2, 3) and mesh.mask.sum() == 4  # blank where no trial ended
