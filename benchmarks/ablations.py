@@ -55,6 +55,11 @@ ABLATIONS: dict[Setting, dict[str, str]] = {  # {setting: {value: what is typed 
     "sigma": changed("sigma", (0.002, 0.005, 0.01, 0.02, 0.04, 0.08), 0.02),
     "population": changed("population", POPULATIONS),
 }
+MOSAIC = [
+    ["rank", "units", "baseline"],
+    ["members by layer", "batch size", "sigma"],
+    ["population"] * 3,
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,47 +117,47 @@ def _median(runs: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw a panel for each setting, with the same accuracy axis."""
+    rows = [row for row in rows if row["validation_accuracy"] != ""]
+    accuracies = [float(row["validation_accuracy"]) for row in rows]
+    lowest = max(min(accuracies) - 0.5, max(accuracies) - 8)
     with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(2, 4, figsize=(15, 7), layout="constrained", sharey=True)
-        rows = [row for row in rows if row["validation_accuracy"] != ""]
-        accuracies = [float(row["validation_accuracy"]) for row in rows]
-        best = max(accuracies)
-        for axes, setting in zip(grid.flat, ABLATIONS, strict=False):
+        figure = plt.figure(figsize=(11, 10), layout="constrained")
+        places = figure.subplot_mosaic(MOSAIC, sharey=True)
+        for setting, axes in places.items():
             own = [row for row in rows if row["setting"] == setting]
             draw_panel(axes, setting, own)
-        grid[0, 0].set_ylim(max(best - 8, min(accuracies) - 0.5, 0), min(best + 1, 100))
-        for axes in grid[:, 0]:
-            axes.set_ylabel("validation accuracy (%)")
-        for axes in grid.flat[len(ABLATIONS) :]:
-            axes.axis("off")
-        figure.suptitle(f"eggroll, one setting changed at a time: mean and standard deviation of "
-                        f"{rows[0]['seeds']:g} seeds", fontsize=14)  # fmt: skip
+            axes.set_ylim(lowest, max(accuracies) + 0.8)
+            axes.label_outer()
+            axes.tick_params(labelbottom=True)
+        places["population"].set_title(f"population: {law(rows)}", fontsize=12)
+        figure.supylabel("validation accuracy (%)", fontsize=12)
+        figure.suptitle(f"eggroll, one setting changed at a time: {rows[0]['seeds']:g} seeds")
         save(figure, path.parent, path.stem)
 
 
 def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
-    """Draw the accuracies in the order of the rows, as numbers too."""
+    """Draw mean and standard deviation in the order of the rows, the mean as a number too."""
     means = [float(row["validation_accuracy"]) for row in rows]
     spread = [float(row["standard_deviation"]) for row in rows]
     axes.errorbar(range(len(rows)), means, spread, fmt="D-", color=colour("eggroll"), capsize=3)
     for place, mean in enumerate(means):
-        axes.annotate(f"{mean:.1f}", (place, mean), (0, 9), textcoords="offset points", ha="center",
-                      fontsize=10)  # fmt: skip
+        text = {"xytext": (0, 10), "textcoords": "offset points", "ha": "center", "fontsize": 11}
+        axes.annotate(f"{mean:.1f}", (place, mean), **text)
     axes.set_title(setting, fontsize=12)
     names = [f"{v:,g}" if isinstance(v, float) else v for v in (row["value"] for row in rows)]
-    axes.set_xticks(range(len(rows)), names, rotation=30 if len("".join(names)) > 24 else 0)
+    axes.set_xticks(range(len(rows)), [name.replace(" ", "\n") for name in names])
     axes.margins(x=0.15)
 
 
 def law(rows: Sequence[Row]) -> str:
-    """Fit error = a x population^b in logarithms; return it as text."""
-    own = [row for row in rows if row["setting"] == "population" and row["validation_accuracy"]]
+    """Fit error = a x population^b in logarithms; return it as text, "" without two populations."""
+    own = [row for row in rows if row["setting"] == "population"]
+    members = [float(str(row["value"]).replace(",", "")) for row in own]
+    errors = [100 - float(row["validation_accuracy"] or 0) for row in own]
     if len(own) < 2:
         return ""
-    members = [float(row["value"].replace(",", "")) for row in own]
-    errors = [100 - row["validation_accuracy"] for row in own]
     slope, height = np.polyfit(np.log(members), np.log(errors), 1)
-    return f"error = {np.exp(height):.3g} % x population^{slope:.2f}"
+    return f"error = {np.exp(height):.3g} % x P^{slope:.2f}"
 
 
 def main() -> None:
