@@ -42,13 +42,13 @@ def _is_scale(values: Any) -> bool:
 
 
 def best_cells(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> Cells:
-    """Return {(x, y): accuracy in %}: the best complete trial of each cell."""
+    """Return {(x, y): accuracy in %} of the best complete trial, NaN where all diverged."""
     cells: dict[tuple[float, float], float] = {}
     for row in rows:
-        if row["state"] == "COMPLETE":
-            place = float(row[x]), float(row[y])
-            accuracy = 100 * float(np.mean([float(value) for value in row["values"].split()]))
-            cells[place] = max(accuracy, cells.get(place, 0.0))
+        if row["state"] in ("COMPLETE", "PRUNED"):
+            place, complete = (float(row[x]), float(row[y])), row["state"] == "COMPLETE"
+            values = [float(value) for value in row["values"].split()] if complete else [np.nan]
+            cells[place] = float(np.fmax(100 * np.mean(values), cells.get(place, np.nan)))
     return cells
 
 
@@ -59,7 +59,7 @@ def figure(
     title: str,
     preset: tuple = (),
 ) -> Figure:
-    """Return the heat map: numbers in cells, blanks where no trial ended, a ring at the preset.
+    """Return the heat map: numbers in cells, blanks where nothing ran, a ring at the preset.
 
     names, values  of both axes
     """
@@ -68,11 +68,13 @@ def figure(
     drawing, axes = plt.subplots(
         figsize=(1.8 + 0.95 * len(xs), 1.9 + 0.62 * len(ys)), layout="constrained"
     )
-    low, high = accuracy_range(list(cells.values()))
+    low, high = accuracy_range([value for value in cells.values() if not np.isnan(value)])
     axes.pcolormesh(_edges(xs), _edges(ys), table, cmap="viridis", vmin=low, vmax=high)
     for (x, y), accuracy in cells.items():
-        ink = "black" if accuracy > (low + high) / 2 else "white"
-        axes.text(x, y, f"{accuracy:.1f}", ha="center", va="center", color=ink, fontsize=11)
+        diverged = bool(np.isnan(accuracy))
+        ink = "black" if diverged or accuracy > (low + high) / 2 else "white"
+        number = "diverged" if diverged else f"{accuracy:.1f}"
+        axes.text(x, y, number, ha="center", va="center", color=ink, fontsize=11)
     if len(preset) == 2:
         axes.plot(*preset, "o", ms=34, mfc="none", mec="#e3120b", mew=2.5, clip_on=False)
         title += "\nring: the preset"

@@ -401,13 +401,15 @@ def test_cells_of_a_heat_map_are_the_best_of_complete_trials():
         {"state": "COMPLETE", "values": "0.9 0.8", "lr": 0.1, "sigma": 1.0},
         {"state": "COMPLETE", "values": "0.9 0.9", "lr": 0.1, "sigma": 1.0},
         {"state": "PRUNED", "values": "", "lr": 0.2, "sigma": 1.0},
+        {"state": "WAITING", "values": "", "lr": 0.4, "sigma": 1.0},
         {"state": "COMPLETE", "values": "0.7 0.7", "lr": 0.2, "sigma": 2.0},
     ]
     cells = best_cells(rows, "lr", "sigma")
-    assert cells == {(0.1, 1.0): pytest.approx(90), (0.2, 2.0): pytest.approx(70)}
+    accuracies = {(0.1, 1.0): 90, (0.2, 1.0): float("nan"), (0.2, 2.0): 70}
+    assert cells == pytest.approx(accuracies, nan_ok=True)
     values = [[0.1, 0.2, 0.4], [1.0, 2.0]]
     axes = figure(cells, ["lr", "sigma"], values, "title", (0.1, 1.0)).axes[0]
-    assert sorted(text.get_text() for text in axes.texts) == ["70.0", "90.0"]
+    assert sorted(text.get_text() for text in axes.texts) == ["70.0", "90.0", "diverged"]
     assert axes.get_xscale() == axes.get_yscale() == "log"
     mesh = axes.collections[0].get_array()
-    assert mesh.shape == (2, 3) and mesh.mask.sum() == 4  # blank where no trial ended
+    assert mesh.shape == (2, 3) and mesh.mask.sum() == 4  # blank where nothing ran, or diverged
