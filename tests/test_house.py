@@ -136,7 +136,7 @@ COMMANDS = [
     for page in PAGES
     for block in blocks_of(page, "bash")
     for line in block.replace("\\\n", " ").splitlines()
-    if not line.startswith("export ")
+    if line.strip() and not line.startswith(("export ", "#"))
 ]
 
 
@@ -152,6 +152,8 @@ def test_every_command_of_the_pages_exists_and_takes_its_flags(command, monkeypa
         assert not flags
     elif flags[0] == "-m":
         assert (ROOT / flags[1].replace(".", "/")).with_suffix(".py").exists()
+    elif program.endswith(".sh"):
+        assert (ROOT / program).exists()
     else:
         script = next(i for i, word in enumerate(flags) if word.endswith(".py"))
         assert (ROOT / flags[script]).exists()
