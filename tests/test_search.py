@@ -1,5 +1,6 @@
 """The search for settings: it loses no trial and runs none twice, whatever stops it."""
 
+import csv
 import json
 import os
 import random
@@ -394,6 +395,23 @@ def test_the_preset_of_fewer_members_has_the_learning_rate_of_the_rule(name):
     assert grid.preset["lr"] == pytest.approx(
         mnist_eggroll.scaled_lr(config, usual, members), rel=0.01
     )
+
+
+TRIALS = sorted((ROOT / "results" / "reference").glob("*/search/*.csv"))
+
+
+@pytest.mark.parametrize("path", TRIALS, ids=lambda path: path.stem)
+def test_committed_trials_are_those_of_a_committed_grid(path):
+    grid, rows = Grid.read(ROOT / "results" / "grids" / path.name.replace("csv", "toml")), []
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [*search_module.COLUMNS, *grid.settings]
+    assert {row["state"] for row in rows} <= {"COMPLETE", "PRUNED", "FAIL"}
+    assert all(len(row["values"].split()) == 2 for row in rows if row["state"] == "COMPLETE")
+    tried = [tuple(row[name] for name in grid.settings) for row in rows if row["state"] != "FAIL"]
+    assert len(set(tried)) == len(tried)  # none twice
+    if not grid.has_range:
+        assert set(tried) == {tuple(str(cell[n]) for n in grid.settings) for cell in grid.first}
 
 
 def test_cells_of_a_heat_map_are_the_best_of_complete_trials():
