@@ -54,7 +54,8 @@ def test_a_run_leaves_its_files(kind, tmp_path):
     done = train(kind, folder)
     config = read_json(folder / "config.json")
     assert config["flags"]["hidden_dim"] == 32 and config["flags"]["lr"] > 0
-    assert {"python", "torch", "platform"} == set(config["versions"])
+    assert {"python", "torch", "numpy", "platform"} == set(config["versions"])
+    assert config["data"]["name"] == "mnist-sample" and len(config["data"]["sha256"]) == 64
     summary = read_json(folder / "summary.json")
     assert list(summary) == [
         *("method", "dataset", "seed", "epochs", "steps", "population", "test_accuracy"),
@@ -302,7 +303,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(kind, tmp_path):
 def test_divergence_is_named_and_keeps_the_last_good_checkpoint(tmp_path):
     done = train("backprop", tmp_path, "--lr", "1e6", code=2)
     assert_one_line(done, "training has diverged at step", "--lr")
-    assert read_json(tmp_path / "summary.json")["status"] == "failed"
+    assert read_json(tmp_path / "summary.json")["status"] == "diverged"
     assert "failed at step" in (tmp_path / "train.log").read_text()
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(weight.isfinite().all() for weight in state["network"].values())
