@@ -209,7 +209,10 @@ def test_gpu_script_continues_after_a_stage_that_fails(tmp_path):
     )
     python.chmod(0o755)
     done = run_command(
-        ROOT / "benchmarks" / "gpu.sh", "--tiny", env={"OUT": str(out), "PYTHON": str(python)}, timeout=600
+        ROOT / "benchmarks" / "gpu.sh",
+        "--tiny",
+        env={"OUT": str(out), "PYTHON": str(python)},
+        timeout=600,
     )
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "failed: ceilings", done.stdout
     for name in ("steps", "more-steps", "memory", "more-memory"):

@@ -366,6 +366,12 @@ def test_wrong_flags_of_the_search_get_one_line(tmp_path, flags, message):
     assert_one_line(call("search.py", "backprop", "--out-dir", tmp_path, *flags), message)
 
 
+def test_without_optuna_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "experiment.search", None)
+    done = call("search.py", "backprop", "--out-dir", tmp_path)
+    assert_one_line(done, "pip install -r requirements-dev.txt")
+
+
 def test_a_flag_that_the_script_does_not_know_gets_its_line(tmp_path):
     (tmp_path / "grid.toml").write_text(TOML)
     words = ("--grid", tmp_path / "grid.toml", "--out-dir", tmp_path / "out", "--sigma", "1")
