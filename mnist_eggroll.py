@@ -55,13 +55,12 @@ class Config(FloatConfig):
 # Step-like units need large antithetic perturbations of all units to change at all
 step_like = partial(NodePerturbation, sigma=0.045, units=256, antithetic=True)
 node = partial(Config, lr=Scaled(0.1), schedule="onecycle", label_smoothing=0.1)
+linear = partial(Config, schedule="linear")
 # Small initial weights keep every class in reach of members that are scored by accuracy
-block = partial(Config, init_scale=0.1, weight_decay=0.02, label_smoothing=0.1, schedule="linear")
+block = partial(linear, init_scale=0.1, weight_decay=0.02, label_smoothing=0.1)
 PRESETS = {
     "eggroll": block(BlockLowRank((8192, 8192, 256)), lr=Scaled(0.005), epochs=5),
-    "eggroll-dense": Config(
-        LowRank(832), lr=Scaled(0.015), temperature=2.0, schedule="linear", epochs=3
-    ),
+    "eggroll-dense": linear(LowRank(832), lr=Scaled(0.015), temperature=2.0, epochs=3),
     "node-perturbation": node(NodePerturbation(), epochs=6),
     # For a card: the experiment's population, and the gradient to first order (not measured yet)
     "eggroll-gpu": block(BlockLowRank((19200, 19200, 608)), lr=Scaled(0.0062), epochs=10),
@@ -91,8 +90,7 @@ def make_fitness(config: Config) -> tuple[Callable, Smoothing | None]:
 def scaled_lr(config: Config, usual: Config, population: int) -> float:
     """Return --lr, or the preset's learning rate scaled by the population and the epochs.
 
-    Fewer members make a noisier estimate, and over more steps its noise adds up: both need smaller
-    steps (docs/method.md).
+    A noisier estimate, of fewer members, and more steps need smaller ones (docs/method.md).
     """
     if not isinstance(config.lr, Scaled):
         return config.lr
