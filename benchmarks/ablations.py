@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, fr
 from benchmarks.rows import Row, provenance, show, write_rows
 from experiment.commands import COMMANDS, finish
 from experiment.config import MARKERS
+from experiment.files import write_csv
 from experiment.script import run_script
 from experiment.style import STYLE, colour, save
 
@@ -166,7 +167,7 @@ def main() -> None:
     for row in measure(config):
         show(row, first=not rows)
         rows.append(row | provenance(torch.device("cpu")))
-        write_rows(rows, config.out_dir / "ablations.csv", None, lambda *_: None)
+        write_csv(config.out_dir / "ablations.csv", rows, list(rows[0]))
     write_rows(rows, config.out_dir / "ablations.csv", None, plot)
     print(law(rows))
 
