@@ -141,9 +141,9 @@ def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
     means = [float(row["validation_accuracy"]) for row in rows]
     spread = [float(row["standard_deviation"]) for row in rows]
     axes.errorbar(range(len(rows)), means, spread, fmt="D-", color=colour("eggroll"), capsize=3)
-    for place, mean in enumerate(means):
-        text = {"xytext": (0, 10), "textcoords": "offset points", "ha": "center", "fontsize": 11}
-        axes.annotate(f"{mean:.1f}", (place, mean), **text)
+    for place, (mean, above) in enumerate(zip(means, spread, strict=True)):
+        text = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 11}
+        axes.annotate(f"{mean:.1f}", (place, mean + above), **text)
     axes.set_title(setting, fontsize=12)
     names = [f"{v:,g}" if isinstance(v, float) else v for v in (row["value"] for row in rows)]
     axes.set_xticks(range(len(rows)), [name.replace(" ", "\n") for name in names])
