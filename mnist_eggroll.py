@@ -90,7 +90,7 @@ def make_fitness(config: Config) -> tuple[Callable, Smoothing | None]:
 def scaled_lr(config: Config, usual: Config, population: int) -> float:
     """Return --lr, or the preset's learning rate scaled by the population and the epochs.
 
-    A noisier estimate, of fewer members, and more steps need smaller ones (docs/method.md).
+    Fewer members make a noisier estimate, whose noise adds up over the steps (docs/method.md).
     """
     if not isinstance(config.lr, Scaled):
         return config.lr

@@ -15,13 +15,11 @@ import tyro
 
 from experiment.config import PathFlag
 from experiment.errors import Interrupted, UserError
-from experiment.grid import Grid
+from experiment.grid import GRIDS, Grid
 from experiment.heat_map import draw
 from experiment.script import run_script
 
 Method = Literal["backprop", "eggroll", "node-perturbation", "node-perturbation-int8"]
-
-GRIDS = Path(__file__).resolve().parent / "results" / "grids"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def row_of(run: Path) -> Row:
     """Return what a run has reached, and the time that all of its epochs take."""
     config, summary = read_config(run), json.loads((run / "summary.json").read_text())
     flags, steps = config["flags"], summary["steps"]
-    batches = 60_000 // flags["batch_size"] + 1
+    batches = -(-60_000 // flags["batch_size"])  # of an epoch
     seconds = summary["train_seconds"]
     return {
         "method": run.name,

@@ -3,22 +3,21 @@
 python benchmarks/redraw.py results/reference/third-edition
 """
 
-import csv
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
 from benchmarks import ablations, alignment, frontier, speed
-from benchmarks.rows import ROOT, Row
+from benchmarks.rows import Row
 from experiment import plots
 from experiment.errors import UserError
-from experiment.grid import Grid
+from experiment.grid import GRIDS, Grid
 from experiment.heat_map import draw
 from experiment.report import read_curves
 from experiment.script import run_script
+from experiment.tables import read_rows
 
-GRIDS = ROOT / "results" / "grids"
 PLOTS = {
     "ablations.csv": ablations.plot,
     "alignment.csv": alignment.plot,
@@ -27,10 +26,9 @@ PLOTS = {
 }
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_numbers(path: Path) -> list[Row]:
     """Return the rows of a CSV file, numbers as floats."""
-    with path.open() as file:
-        return [{name: number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+    return [{name: number(cell) for name, cell in row.items()} for row in read_rows(path)]
 
 
 def number(cell: str) -> float | str:
@@ -43,8 +41,7 @@ def number(cell: str) -> float | str:
 def draw_search(trials: Path) -> list[Path]:
     """Draw the heat map of results/grids/NAME.toml beside NAME.csv, where it has one."""
     grid = Grid.read(GRIDS / f"{trials.stem}.toml")
-    with trials.open() as file:
-        return draw(list(csv.DictReader(file)), grid, trials.stem, trials.with_suffix(""))
+    return draw(read_rows(trials), grid, trials.stem, trials.with_suffix(""))
 
 
 def main() -> None:
@@ -53,7 +50,7 @@ def main() -> None:
             folder = Path(name)
         case words:
             raise UserError(f"expected a folder that holds a summary.csv, got {' '.join(words)}")
-    summaries = [row | {"seed": int(row["seed"])} for row in read_rows(folder / "summary.csv")]
+    summaries = [row | {"seed": int(row["seed"])} for row in read_numbers(folder / "summary.csv")]
     for path in plots.draw_all(read_curves(folder, summaries), summaries, folder):
         print(path)
     for path in sorted(folder.glob("search/*.csv")):
@@ -61,7 +58,7 @@ def main() -> None:
             print(drawn)
     for name, plot in PLOTS.items():
         if (folder / name).exists():
-            plot(read_rows(folder / name), folder / name)
+            plot(read_numbers(folder / name), folder / name)
             print(f"{folder / name}, plot beside it")
 
 

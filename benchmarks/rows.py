@@ -12,10 +12,9 @@ from matplotlib.axes import Axes
 
 from experiment.config import PathFlag
 from experiment.device import Clock, device_name
+from experiment.files import ROOT as ROOT
 from experiment.files import commit, write_csv
 from experiment.style import STYLE, Label, label_log_axis, save, write_labels
-
-ROOT = Path(__file__).resolve().parent.parent
 
 Work = Callable[[], Any]
 Row = dict[str, Any]

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from experiment.config import read_config
 from experiment.errors import UserError
+from experiment.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "backprop": ("mnist_backprop.py",),
     "eggroll": ("mnist_eggroll.py", "eggroll"),
@@ -34,13 +35,13 @@ def finish(command: Sequence[str], folder: Path, *flags: str) -> Mapping[str, An
     script, *preset = command
     typed = [*preset, *flags, "--out-dir", str(folder), "--resume"]
     with _held(folder / ".caller") as lock:
-        summary = _read(folder / "summary.json")
+        summary = _read_summary(folder)
         if summary.get("status") not in OVER:
             reason = _run([sys.executable, str(ROOT / script), *typed], lock)
-            summary = _read(folder / "summary.json")
+            summary = _read_summary(folder)
             if reason and summary.get("status") not in OVER:
                 raise UserError(f"{script} {' '.join(typed)}: {reason}")
-        saved = _read(folder / "config.json")["command"]
+        saved = read_config(folder)["command"]
     if saved[1:-3] != typed[:-3]:  # all but --out-dir FOLDER --resume
         raise UserError(
             f"{folder} holds a run of {' '.join(saved[1:-3])}, not of {' '.join(typed[:-3])} (give "
@@ -74,5 +75,6 @@ def _run(command: Sequence[str], lock: int) -> str:
     return (words[-1000:] or f"exit code {process.returncode}") if process.returncode else ""
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read_summary(folder: Path) -> Mapping[str, Any]:
+    path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else {}

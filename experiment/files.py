@@ -19,6 +19,7 @@ from torch import nn
 
 from experiment.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = (
     "config.json",
     "metrics.csv",

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from experiment.files import ROOT
+
+GRIDS = ROOT / "results" / "grids"
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 
 from experiment.config import read_config
 from experiment.errors import UserError
-from experiment.files import write_atomically, write_csv
+from experiment.files import ROOT, write_atomically, write_csv
 from experiment.page import page
 from experiment.script import run_script
-from experiment.tables import COLUMNS, ROOT, make_tables, markdown_tables, with_tables
+from experiment.tables import COLUMNS, make_tables, markdown_tables, with_tables
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 METHODS = (

@@ -27,6 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiment.commands import COMMANDS, finish
+from experiment.config import read_config
 from experiment.errors import UserError
 from experiment.files import write_csv
 from experiment.grid import Grid
@@ -166,9 +167,7 @@ class Search:
             summary = finish(COMMANDS[self.method], folder, *own)
             seconds += summary["train_seconds"]
             trial.set_user_attr("seconds", seconds)
-            trial.set_user_attr(
-                "commit", json.loads((folder / "config.json").read_text())["commit"]
-            )
+            trial.set_user_attr("commit", read_config(folder)["commit"])
             if summary["status"] == "diverged":
                 return TrialState.PRUNED
             values.append(summary["validation_accuracy"])

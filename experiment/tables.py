@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiment.errors import UserError
+from experiment.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- table: (\S+) (?:\[(.+)\] )?-->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = (
     "method",

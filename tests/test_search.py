@@ -47,7 +47,8 @@ def trained(monkeypatch):
     def finish(command, folder, *words):
         calls.append(words)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"commit": "abc"}))
+        config = {"method": "eggroll", "flags": {}, "commit": "abc"}
+        (folder / "config.json").write_text(json.dumps(config))
         lr = float(words[words.index("--lr") + 1])
         seed = int(words[words.index("--seed") + 1])
         status = "diverged" if lr > 0.3 else "finished"
