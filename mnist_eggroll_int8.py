@@ -52,7 +52,8 @@ def main() -> None:
     device = choose_device(config.device)
     distributed.join(device)
     data = quantised(load(config, device), INT8_SCALE)
-    network = Int8MLP(MLP(hidden_dim=config.hidden_dim, seed=config.seed)).to(device)
+    weights = MLP(hidden_dim=config.hidden_dim, seed=config.seed, init_scale=config.init_scale)
+    network = Int8MLP(weights).to(device)
     if config.fitness == "accuracy":
         fitness, smoothing = Int8Accuracy(), Int8Smoothing()
     else:

@@ -50,8 +50,8 @@ for seed in ${SEEDS:-0}; do
         run backprop               mnist_backprop.py --epochs 2
         run eggroll                mnist_eggroll.py eggroll --population 256 256 32 --epochs 1
         run eggroll-dense          mnist_eggroll.py eggroll-dense --population 128 --epochs 1
-        run node-perturbation      mnist_eggroll.py node-perturbation --population 32 32 16 --epochs 1
-        run node-perturbation-int8 mnist_eggroll_int8.py --population 32 32 16 --epochs 1
+        run node-perturbation      mnist_eggroll.py node-perturbation --population 32 32 16 --epochs 2
+        run node-perturbation-int8 mnist_eggroll_int8.py --population 32 32 16 --epochs 2
         continue
     fi
     run backprop               mnist_backprop.py

@@ -18,10 +18,12 @@ PYTHON=${PYTHON:-.venv/bin/python}
 table=$out/table
 METHODS="backprop eggroll node-perturbation node-perturbation-int8" SEEDS="0 1 2 3 4" \
     RESULTS_DIR=$table ./run_experiments.sh
-for seed in 0 1 2 3 4; do
-    "$PYTHON" mnist_eggroll.py eggroll --fitness accuracy --train-on-all --seed $seed \
-        --resume --out-dir "$table/eggroll+accuracy/seed$seed"
-done
+whole() {
+    "$PYTHON" mnist_eggroll.py eggroll --fitness accuracy "${@:2}" --train-on-all --resume \
+        --out-dir "$table/$1"
+}
+for seed in 0 1 2 3 4; do whole eggroll+accuracy/seed$seed --seed $seed; done
+for seed in 0 1 2; do whole eggroll+unsmoothed-accuracy/seed$seed --seed $seed --smoothing 0; done
 METHODS=eggroll-dense SEEDS="0 1 2" RESULTS_DIR=$table ./run_experiments.sh
 
 # Steps, and their lower bounds
@@ -49,8 +51,9 @@ done
 
 # Other signals and units without a gradient; the methods themselves are in the table already
 mkdir -p "$out/any-signal"
-for method in backprop eggroll eggroll+accuracy node-perturbation node-perturbation-int8; do
-    [ -e "$out/any-signal/$method" ] || cp -r "$table/$method" "$out/any-signal/"
+for row in backprop eggroll eggroll+accuracy eggroll+unsmoothed-accuracy \
+    node-perturbation node-perturbation-int8; do
+    [ -e "$out/any-signal/$row" ] || cp -r "$table/$row" "$out/any-signal/"
 done
 METHODS="backprop eggroll node-perturbation node-perturbation-int8" SEEDS="0 1 2" \
     RESULTS_DIR=$out/any-signal ./run_experiments.sh --all

@@ -31,6 +31,8 @@ class Config:
     """Train on all 60,000 images (no validation split)."""
     hidden_dim: int | tuple[int, ...] = 256
     """Units in each of the two hidden layers, or a count for each hidden layer."""
+    init_scale: float = 0.5
+    """Factor on He's initial weights."""
     init_from: PathFlag = None
     """Start from the weights in this model.safetensors (None: from --seed)."""
     epochs: int = 10
@@ -73,8 +75,6 @@ class FloatConfig(Config):
     """The last four have a gradient of zero; argmax-k: 1 for the largest quarter of the units."""
     bias: bool = False
     """Add a bias to every layer."""
-    init_scale: float = 1.0
-    """Factor on the initial weights."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer from torch.optim."""
     weight_decay: float = 0.0
