@@ -1,6 +1,6 @@
 """Train the 784-256-256-10 MLP on MNIST by backpropagation, as the baseline of EGGROLL.
 
-python mnist_backprop.py    # 98.5 % in 7 s on two CPU cores
+python mnist_backprop.py    # 98.7 % in 10 s on two CPU cores
 """
 
 from dataclasses import dataclass

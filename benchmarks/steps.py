@@ -14,6 +14,7 @@ import mnist_eggroll
 import mnist_eggroll_int8
 from benchmarks.rows import Work
 from eggroll import Evolution, GraphedStep, int8
+from experiment.commands import COMMANDS
 from experiment.config import Config
 from experiment.data import Dataset, Split, quantised
 from experiment.errors import UserError
@@ -21,7 +22,7 @@ from experiment.optim import make_optimizer, make_schedule
 from model import MLP
 
 BACKPROP, INT8 = "backprop", "node-perturbation-int8"
-METHODS = (BACKPROP, "eggroll", "eggroll-dense", "node-perturbation", INT8)
+METHODS = tuple(COMMANDS)
 BATCH, IMAGES = 128, 51_200
 STEPS = 1_000_000  # of a schedule: more than are taken
 

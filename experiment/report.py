@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiment.commands import COMMANDS
 from experiment.config import read_config
 from experiment.errors import UserError
 from experiment.files import ROOT, write_atomically, write_csv
@@ -21,13 +22,7 @@ from experiment.script import run_script
 from experiment.tables import COLUMNS, make_tables, markdown_tables, with_tables
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-METHODS = (
-    "backprop",
-    "eggroll",
-    "eggroll-dense",
-    "node-perturbation",
-    "node-perturbation-int8",
-)
+METHODS = tuple(COMMANDS)
 Summary = Mapping[str, Any]
 
 
