@@ -48,6 +48,7 @@ for seed in 0 1 2 3 4; do
     "$PYTHON" mnist_eggroll_int8.py --hidden-dim 100 50 --epochs 10 --train-on-all --seed $seed \
         --resume --out-dir "$out/integers/node-perturbation-int8/seed$seed"
 done
+"$PYTHON" -m experiment.report "$out/integers"
 
 # Other signals and units without a gradient; the methods themselves are in the table already
 mkdir -p "$out/any-signal"
