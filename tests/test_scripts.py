@@ -94,7 +94,7 @@ def test_a_fitness_from_a_file_trains_and_its_mistakes_are_its_own(tmp_path):
         "def breaks(outputs, labels):\n    return outputs[12345]\n"
     )
     flags = ("node-perturbation", *SMALL, "--population", "48")
-    train(tmp_path / "run", *flags, "--fitness", f"{tmp_path / 'own.py'}:margin", "--lr", "0.002")
+    train(tmp_path / "run", *flags, "--fitness", f"{tmp_path / 'own.py'}:margin", "--lr", "0.004")
     assert read_json(tmp_path / "run" / "summary.json")["test_accuracy"] > 0.3
     done = train(tmp_path / "a", *flags, "--fitness", f"{tmp_path / 'own.py'}:wrong", code=2)
     assert_one_line(done, "the fitness must return shape (257, 128) or (257,), got (257, 128, 10)")

@@ -199,7 +199,7 @@ def test_the_lock_has_every_requirement():
 
 def test_results_are_made_by_a_script_that_goes_on_where_it_was_stopped(folder, tmp_path):
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
-    for method in (*METHODS.split(), "eggroll+accuracy"):
+    for method in (*METHODS.split(), "eggroll+accuracy", "eggroll+unsmoothed-accuracy"):
         (tmp_path / "out" / "table" / method).mkdir(parents=True)
     (folder / "calls").write_text("")
     script = folder / "benchmarks" / "results.sh"
@@ -210,6 +210,7 @@ def test_results_are_made_by_a_script_that_goes_on_where_it_was_stopped(folder, 
     assert all("--resume" in call and "--train-on-all" in call for call in runs)
     assert sum("/table/eggroll+accuracy/" in call for call in runs) == 5
     assert sum("/table/eggroll-dense/" in call for call in runs) == 3
+    assert sum("/table/eggroll+unsmoothed-accuracy/" in call for call in runs) == 3
     assert sum("--population 39000" in call for call in runs) == 3
     for name in ("speed", "ablations", "frontier"):
         assert any(f"benchmarks/{name}.py" in call for call in calls)
