@@ -27,7 +27,7 @@ from experiment.device import choose_device
 from experiment.optim import make_schedule
 from experiment.run import Run
 from experiment.script import run_script
-from model import MLP
+from model import mlp_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ def main() -> None:
     device = choose_device(config.device)
     distributed.join(device)
     data = quantised(load(config, device), INT8_SCALE)
-    weights = MLP(hidden_dim=config.hidden_dim, seed=config.seed, init_scale=config.init_scale)
-    network = Int8MLP(weights).to(device)
+    network = Int8MLP(mlp_of(config)).to(device)
     if config.fitness == "accuracy":
         fitness, smoothing = Int8Accuracy(), Int8Smoothing()
     else:

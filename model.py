@@ -94,6 +94,6 @@ class MLP(nn.Module):
 
 
 def mlp_of(config: Any) -> MLP:
-    """Return the MLP that a script's flags describe."""
+    """Return the MLP that a script's flags describe; int8 has no flags activation and bias."""
     names = ("hidden_dim", "activation", "bias", "seed", "init_scale")
-    return MLP(**{name: getattr(config, name) for name in names})
+    return MLP(**{name: getattr(config, name) for name in names if hasattr(config, name)})

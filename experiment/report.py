@@ -5,7 +5,6 @@ python -m experiment.report publish SOURCE TARGET     copy what is worth committ
 python -m experiment.report pages                     remake the tables of the README and docs
 """
 
-import csv
 import json
 import shutil
 import sys
@@ -19,7 +18,7 @@ from experiment.errors import UserError
 from experiment.files import ROOT, write_atomically, write_csv
 from experiment.page import page
 from experiment.script import run_script
-from experiment.tables import COLUMNS, make_tables, markdown_tables, with_tables
+from experiment.tables import COLUMNS, make_tables, markdown_tables, read_rows, with_tables
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 METHODS = tuple(COMMANDS)
@@ -51,10 +50,8 @@ def read_summary(run: Path) -> Summary:
 
 def read_metrics(run: Path) -> list[dict[str, float | None]]:
     """Return the rows of metrics.csv as numbers, None where a cell is empty."""
-    with (run / "metrics.csv").open() as file:
-        return [
-            {k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
-        ]
+    rows = read_rows(run / "metrics.csv")
+    return [{k: float(v) if v else None for k, v in row.items()} for row in rows]
 
 
 def read_curves(folder: Path, summaries: Sequence[Summary]) -> dict[str, list]:

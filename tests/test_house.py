@@ -1,7 +1,6 @@
 """Rules of the house that a machine can check."""
 
 import ast
-import csv
 import importlib
 import re
 import shlex
@@ -13,6 +12,7 @@ import tomllib
 import pytest
 from conftest import ROOT, call, run_command
 from mutations import MUTATIONS
+from runs import read_csv
 
 from experiment.report import PAGES
 from experiment.tables import BLOCK, with_tables
@@ -164,8 +164,7 @@ def test_every_command_of_the_pages_exists_and_takes_its_flags(command, monkeypa
 
 def test_results_in_docstrings_are_the_committed_ones():
     seen = 0
-    with RESULTS.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(RESULTS)
     for script in TRAINING:
         examples = re.findall(
             r"^python (\S+) *(\S*?) +#.*?([\d.]+) % in (\d+) s", (ROOT / script).read_text(), re.M

@@ -1,13 +1,13 @@
 """Tables and the page say what the numbers say."""
 
 import base64
-import csv
 import json
 from html.parser import HTMLParser
 
 import pytest
 from conftest import ROOT, call, captured
 from reports import summary, write_run
+from runs import read_csv
 
 from experiment import plots, report, style
 from experiment.errors import UserError
@@ -37,8 +37,7 @@ def test_devices_are_not_compared():
 
 def test_committed_results_of_any_edition_make_a_table():
     for path in (ROOT / "results" / "reference").glob("**/summary.csv"):
-        with path.open() as file:
-            rows = list(csv.DictReader(file))
+        rows = read_csv(path)
         table = report.markdown_tables(rows)
         assert rows and all(f"| {row['row']} |" in table for row in rows)
 
@@ -107,8 +106,7 @@ def test_a_report_is_written_and_published(tmp_path, monkeypatch):
     for name in ("accuracy_by_epoch.svg", "fitness.png", "time_and_memory.png", "summary.md"):
         assert (tmp_path / "kept" / name).exists()
     assert not (tmp_path / "kept" / "report.html").exists()  # its pictures lie beside it
-    with (tmp_path / "kept" / "summary.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 2 * len(rows)
+    assert len(read_csv(tmp_path / "kept" / "summary.csv")) == 2 * len(rows)
 
 
 def test_committed_results_are_drawn_again_from_the_same_numbers(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The search for settings: it loses no trial and runs none twice, whatever stops it."""
 
-import csv
 import json
 import os
 import random
@@ -409,9 +408,8 @@ TRIALS = sorted((ROOT / "results" / "reference").glob("*/search/*.csv"))
 
 @pytest.mark.parametrize("path", TRIALS, ids=lambda path: path.stem)
 def test_committed_trials_are_those_of_a_committed_grid(path):
-    grid, rows = Grid.read(ROOT / "results" / "grids" / path.name.replace("csv", "toml")), []
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
+    grid = Grid.read(ROOT / "results" / "grids" / path.name.replace("csv", "toml"))
+    rows = read_csv(path)
     assert list(rows[0]) == [*search_module.COLUMNS, *grid.settings]
     assert {row["state"] for row in rows} <= {"COMPLETE", "PRUNED", "FAIL"}
     assert all(len(row["values"].split()) == 2 for row in rows if row["state"] == "COMPLETE")

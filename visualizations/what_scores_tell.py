@@ -3,7 +3,6 @@
 Cosines are those that benchmarks/alignment.py measured and results/reference/ holds.
 """
 
-import csv
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from eggroll import BlockLowRank, LowRank, NodePerturbation
 from experiment.style import colour
+from experiment.tables import read_rows
 from visualizations.canvas import BODY, GREY, HEADING, SMALL, TITLE, WIDTH
 
 TABLE = Path(__file__).resolve().parent.parent / "results/reference/third-edition/alignment.csv"
@@ -50,13 +50,12 @@ def measured(method: str) -> tuple[np.ndarray, np.ndarray]:
 
     At the estimator's own sigma and rank 1.
     """
-    with TABLE.open() as file:
-        rows = [
-            row
-            for row in csv.DictReader(file)
-            if (row["estimator"], row["layer"]) == (method, "all") and row["rank"] in ("1", "")
-            if float(row["sigma"]) == ESTIMATORS[method].sigma
-        ]
+    rows = [
+        row
+        for row in read_rows(TABLE)
+        if (row["estimator"], row["layer"]) == (method, "all") and row["rank"] in ("1", "")
+        if float(row["sigma"]) == ESTIMATORS[method].sigma
+    ]
     cosines = {(int(row["members"]), row["point"]): float(row["cosine"]) for row in rows}
     members = sorted({count for count, _ in cosines})
     return np.array(members), np.array([[cosines[m, point] for m in members] for point in POINTS])
