@@ -50,12 +50,7 @@ for seed in 0 1 2 3 4; do
 done
 "$PYTHON" -m experiment.report "$out/integers"
 
-# Other signals and units without a gradient; the methods themselves are in the table already
-mkdir -p "$out/any-signal"
-for row in backprop eggroll eggroll+accuracy eggroll+unsmoothed-accuracy \
-    node-perturbation node-perturbation-int8; do
-    [ -e "$out/any-signal/$row" ] || cp -r "$table/$row" "$out/any-signal/"
-done
+# Other signals, and units without a gradient, in one sitting with the methods themselves
 METHODS="backprop eggroll node-perturbation node-perturbation-int8" SEEDS="0 1 2" \
     RESULTS_DIR=$out/any-signal ./run_experiments.sh --all
 
