@@ -120,7 +120,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """Draw a panel for each setting, with the same accuracy axis."""
     rows = [row for row in rows if row["validation_accuracy"] != ""]
     accuracies = [float(row["validation_accuracy"]) for row in rows]
-    lowest = max(min(accuracies) - 0.5, max(accuracies) - 8)
+    lowest = max(min(accuracies) - 0.5, max(accuracies) - 9)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(11, 10), layout="constrained")
         places = figure.subplot_mosaic(MOSAIC, sharey=True)
