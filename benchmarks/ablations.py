@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 import tyro
 from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import Row, provenance, show, write_rows
+from benchmarks.rows import Row, provenance_of, show, write_rows
 from experiment.commands import COMMANDS, finish
 from experiment.config import MARKERS
 from experiment.files import write_csv
@@ -81,27 +80,29 @@ class Config:
     """CPU threads of a run."""
 
 
-def train(config: Config, typed: str, folder: Path, seed: int) -> Mapping[str, Any]:
-    """Return the summary of a run."""
+def train(config: Config, typed: str, folder: Path) -> Mapping[str, Any]:
+    """Return the summary of the run FOLDER/seed<k>."""
     words, command = typed.split(), COMMANDS["eggroll"]
     if words and not words[0].startswith("--"):
         command = ("benchmarks/baselines.py", words.pop(0))
     # of a flag that is typed twice, the last counts
     flags = [*words, *TINY] if config.tiny else [*USUAL, *words]
-    flags += ["--dataset", config.dataset, "--threads", str(config.threads), "--seed", str(seed)]
-    return finish(command, config.out_dir / "runs" / folder / f"seed{seed}", *flags)
+    flags += ["--dataset", config.dataset, "--threads", str(config.threads)]
+    flags += ["--seed", folder.name.removeprefix("seed")]
+    return finish(command, folder, *flags)
 
 
-def measure(config: Config) -> Iterator[Row]:
-    """Yield a row for each value of each setting, over the seeds that did not diverge."""
+def measure(config: Config) -> Iterator[tuple[Row, Path]]:
+    """Yield a row over the seeds that did not diverge, and a run, for each value of a setting."""
     for setting in config.settings:
         for value, typed in ABLATIONS[setting].items():
-            folder = Path("_".join(typed.replace("--", "").split()) or "usual")
+            name = "_".join(typed.replace("--", "").split()) or "usual"
             seeds = range(1 if config.tiny else config.seeds)
-            runs = [train(config, typed, folder, seed) for seed in seeds]
+            folders = [config.out_dir / "runs" / name / f"seed{seed}" for seed in seeds]
+            runs = [train(config, typed, folder) for folder in folders]
             runs = [run for run in runs if run["status"] == "finished"]
             accuracies = [100 * run["validation_accuracy"] for run in runs]
-            yield {
+            row = {
                 "setting": setting,
                 "value": value,
                 "seeds": len(runs),
@@ -110,6 +111,7 @@ def measure(config: Config) -> Iterator[Row]:
                 "seconds": round(_median(runs, "train_seconds"), 1),
                 "memory_mb": round(_median(runs, "peak_memory_mb")),
             }
+            yield row, folders[0]
 
 
 def _median(runs: Sequence[Mapping[str, Any]], name: str) -> float:
@@ -143,7 +145,8 @@ def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
     axes.errorbar(range(len(rows)), means, spread, fmt="D-", color=colour("eggroll"), capsize=3)
     for place, (mean, above) in enumerate(zip(means, spread, strict=True)):
         text = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 11}
-        axes.annotate(f"{mean:.1f}", (place, mean + above), **text)
+        paper = {"fc": "white", "ec": "none", "pad": 0.5}  # where a line falls steeply
+        axes.annotate(f"{mean:.1f}", (place, mean + above), bbox=paper, **text)
     axes.set_title(setting, fontsize=12)
     names = [f"{v:,g}" if isinstance(v, float) else v for v in (row["value"] for row in rows)]
     axes.set_xticks(range(len(rows)), [name.replace(" ", "\n") for name in names])
@@ -164,9 +167,9 @@ def law(rows: Sequence[Row]) -> str:
 def main() -> None:
     config, rows = tyro.cli(Config, config=MARKERS), []
     config.out_dir.mkdir(parents=True, exist_ok=True)
-    for row in measure(config):
+    for row, run in measure(config):
         show(row, first=not rows)
-        rows.append(row | provenance(torch.device("cpu")))
+        rows.append(row | provenance_of(run))
         write_csv(config.out_dir / "ablations.csv", rows, list(rows[0]))
     write_rows(rows, config.out_dir / "ablations.csv", None, plot)
     print(law(rows))

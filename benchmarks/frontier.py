@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import Panel, Row, Series, draw, provenance, show, write_rows
+from benchmarks.rows import Panel, Row, Series, draw, provenance_of, show, write_rows
 from experiment.commands import COMMANDS, finish
 from experiment.config import MARKERS
 from experiment.errors import UserError
@@ -149,7 +148,7 @@ def measure(config: Config) -> list[Row]:
             "validation_accuracy": trials[point]["validation_accuracy"],
         }
         show(row, first=not rows)
-        rows.append(row | provenance(torch.device("cpu")) | {"device": runs[0]["device"]})
+        rows.append(row | provenance_of(config.out_dir / "runs" / point.name / "seed0"))
     return rows
 
 

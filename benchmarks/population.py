@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a file, from any folder
 
-from benchmarks.rows import Panel, Row, Series, draw
+from benchmarks.rows import Panel, Row, Series, draw, provenance_of
 from experiment.config import read_config
 from experiment.errors import UserError
 from experiment.files import write_csv
@@ -23,10 +23,10 @@ from experiment.style import colour, line_format
 
 def row_of(run: Path) -> Row:
     """Return what a run has reached, and the time that all of its epochs take."""
-    config, summary = read_config(run), json.loads((run / "summary.json").read_text())
-    flags, steps = config["flags"], summary["steps"]
+    flags = read_config(run)["flags"]
+    summary = json.loads((run / "summary.json").read_text())
+    steps, seconds = summary["steps"], summary["train_seconds"]
     batches = -(-60_000 // flags["batch_size"])  # of an epoch
-    seconds = summary["train_seconds"]
     return {
         "method": run.name,
         "signal": "accuracy" if flags["smoothing"] == 0 else "accuracy, smoothed",
@@ -36,10 +36,7 @@ def row_of(run: Path) -> Row:
         "seconds": round(seconds),
         "seconds_of_ten_epochs": round(10 * batches * seconds / steps),
         "memory_mb": round(summary["peak_memory_mb"]),
-        "device": summary["device"],
-        "torch": config["versions"]["torch"],
-        "commit": config["commit"],
-    }
+    } | provenance_of(run)
 
 
 def plot(runs: Sequence[Path], device: str, path: Path) -> None:

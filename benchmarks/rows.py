@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from experiment.config import PathFlag
+from experiment.config import PathFlag, read_config
 from experiment.device import Clock, device_name
 from experiment.files import ROOT as ROOT
 from experiment.files import commit, write_csv
@@ -71,6 +71,13 @@ def in_turn(
 def provenance(device: torch.device) -> Row:
     """Return the device, the version of torch and the commit."""
     return {"device": device_name(device), "torch": torch.__version__, "commit": commit()}
+
+
+def provenance_of(run: Path) -> Row:
+    """Return what a training run's config.json says of the same."""
+    config = read_config(run)
+    torch_version = config["versions"]["torch"]
+    return {"device": config["device"], "torch": torch_version, "commit": config["commit"]}
 
 
 def show(row: Row, first: bool) -> None:

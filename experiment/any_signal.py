@@ -40,9 +40,12 @@ def any_signal_figure(summaries: Summaries, where: str) -> Figure:
     marks = [Line2D([], [], color=colour(m), marker=line_format(m)[0], ms=9, lw=0) for m in methods]
     figure.suptitle(f"Any signal, any component: test accuracy on {where}", fontsize=14)
     figure.legend(marks, list(methods), loc="outside lower center", ncols=2)
+    labels = {}
     for axes, (title, part) in zip(grid[:, 0], panels.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=12)
-        _draw_panel(figure, axes, part, low)
+        labels[axes] = _draw_panel(axes, part, low)
+    for axes, own in labels.items():  # at last, since names of rows change the width
+        write_labels(figure, axes, own, fontweight="bold", fontsize=10)
     return figure
 
 
@@ -58,10 +61,8 @@ def _panel(summaries: Summaries, usual: str, activations: bool) -> dict[str, dic
     return panel if chosen else {}
 
 
-def _draw_panel(
-    figure: Figure, axes: Axes, panel: Mapping[str, Mapping[str, list]], low: float
-) -> None:
-    """Draw one line per label, from the worst method's mark to the best's."""
+def _draw_panel(axes: Axes, panel: Mapping[str, Mapping[str, list]], low: float) -> list[Label]:
+    """Draw one line per label, from the worst method's mark to the best's; returns the numbers."""
     axes.set_yticks(range(len(panel)), list(panel))
     axes.set_ylim(len(panel) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -76,4 +77,4 @@ def _draw_panel(
             axes.plot(ends, [place, place], color=paint, lw=5, alpha=0.4)
             axes.plot(x, place, "<" if mean < low else line_format(method)[0], ms=9, color=paint)
             labels.append(Label(f"{mean:.1f}", ends[1], place, paint))
-    write_labels(figure, axes, labels, fontweight="bold", fontsize=10)
+    return labels

@@ -84,7 +84,8 @@ def accuracy_figure(curves: Curves, column: str, label: str, log: bool, title: s
     for axes, (bottom, top, _) in zip(grid[:, 0], parts, strict=True):
         for method, points in lines.items():
             _band(axes, method, *points)
-        axes.set_ylim(bottom, top)
+        room = 0.06 * (top - bottom) if top == high else 0  # for labels above the best curve
+        axes.set_ylim(bottom, top + room)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g} %"))
     grid[0, 0].set(ylabel="test accuracy", title=title)

@@ -75,6 +75,7 @@ SPOTS = tuple(
     )
 )
 SPANS = (4, 10, 20, 40, 100)  # of an accuracy axis, in %
+MARK = 4 * np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(-1, 2)  # pixels
 NEAR = 15  # points: a label farther from its point has a line to it
 
 
@@ -139,13 +140,14 @@ def write_labels(figure: Figure, axes: Axes, labels: Iterable[Label], **style: A
 
 
 def _points_of_lines(axes: Axes) -> np.ndarray:
-    """Return points (n, 2), in pixels, 3 pixels apart along all curves and error bars."""
+    """Return points (n, 2), in pixels, 3 apart along all curves and error bars, 9 for a mark."""
     bars = [c for c in axes.collections if isinstance(c, LineCollection)]
     pieces = [line.get_xydata() for line in axes.lines]
     pieces += [segment for bar in bars for segment in bar.get_segments()]
     points = [np.empty((0, 2))]
     for piece in pieces:
         corners = axes.transData.transform(np.asarray(piece, float).reshape(-1, 2))
+        points += [corner + MARK for corner in corners]
         for start, end in pairwise(corners):
             number = 2 + int(math.dist(start, end) / 3)
             points.append(np.linspace(start, end, number))
@@ -163,7 +165,7 @@ def _cost(
     axes: Axes, note: Annotation, spot: Spot, others: Sequence[Bbox], points: np.ndarray
 ) -> float:
     """Return how bad a spot is: outside the frame, over labels or lines, behind a line, far."""
-    box, point = _move(note, spot).padded(3), axes.transData.transform(note.xy)
+    box, point = _move(note, spot).padded(7, 3), axes.transData.transform(note.xy)
     outside = not (axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max))
     way = Bbox.union([box, Bbox([point, point])])
     lines = box.count_contains(points) + way.count_contains(points)
