@@ -77,7 +77,8 @@ def evolution(trainer: Evolution, examples: int) -> Counts:
             own = one_layer(shapes, examples, draw, rank)
         counts = Counts(*(x + y for x, y in zip(counts[:3], own[:3], strict=True)))
     if isinstance(trainer, Int8Evolution):
-        return counts._replace(activations=0, kinds=(INT8_PRODUCT, INT8_PRODUCT))
+        kind = BFLOAT16_PRODUCT if trainer.device.type == "cuda" else INT8_PRODUCT
+        return counts._replace(activations=0, kinds=(kind, kind))
     return counts._replace(kinds=(PRODUCT, BFLOAT16_PRODUCT if trainer.in_bfloat16 else PRODUCT))
 
 

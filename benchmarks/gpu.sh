@@ -7,7 +7,8 @@
 # Environment: PYTHON (default: python), MNIST_DIR (MNIST in torchvision's layout; default: data), and SEEDS,
 # which run side by side after seed 0 has run alone (default: "1 2 3 4"; with --tiny 1).
 # What is wanted most comes first. Each stage has a time limit and writes its files at once; the others go on
-# when one fails. $OUT/results.tar.gz holds what is there after each stage. The same command resumes.
+# when one fails. $OUT/results.tar.gz holds what is there after each stage. The same command resumes: what has been
+# measured, and runs that are finished, are not made again.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -48,11 +49,12 @@ stage() { # name, seconds, command: its output goes to $out/name.log
 }
 
 measure() { # name, seconds, benchmark, flags
+  [[ ! -s "$out/$1.json" ]] || return 0
   stage "$1" "$2" "$python" "benchmarks/$3" --device "$device" "${@:4}" --csv "$out/$1.csv" --json "$out/$1.json"
 }
 
 run() { # seed, row, script, flags
-  stage "$2-seed$1" 90 "$python" "${@:3}" "${every[@]}" --device "$device" --train-on-all --seed "$1" \
+  stage "$2-seed$1" 120 "$python" "${@:3}" "${every[@]}" --device "$device" --train-on-all --seed "$1" \
     --out-dir "$out/runs/$2/seed$1" --resume
 }
 
@@ -70,6 +72,7 @@ methods() { # seeds: alone on the card, one seed has honest seconds; several are
   runs "$1" node-perturbation-int8 mnist_eggroll_int8.py "${integers[@]}"
 }
 
+stage versions 30 "$python" -m torch.utils.collect_env
 measure ceilings 40 ceilings.py
 stage tests 120 "$python" -m pytest tests/test_cuda.py -n 0
 measure steps 60 speed.py --methods "${steps[@]}" --rounds "$rounds"
@@ -77,9 +80,13 @@ measure more-steps 60 speed.py --methods "${others_steps[@]}" --rounds "$rounds"
 stage profiles 60 "$python" benchmarks/profiles.py --device "$device" \
   --methods "${steps[@]::few}" "${others_steps[@]:1:few}" --file "$out/profiles.txt"
 methods 0
+raw=(--fitness accuracy --smoothing 0) # as in the original experiment
+runs 0 eggroll+unsmoothed-accuracy mnist_eggroll.py eggroll-gpu "${eggroll[@]}" "${raw[@]}"
+runs 0 eggroll-dense+unsmoothed-accuracy mnist_eggroll.py eggroll-dense "${dense[@]}" "${raw[@]}"
+stage report 30 "$python" -m experiment.report "$out/runs"
+measure memory 100 speed.py --methods "${steps[@]::few}" --rounds 1 --memory
+measure more-memory 100 speed.py --methods "${others_steps[@]::few}" --rounds 1 --memory
 methods "$seeds"
-runs 0 eggroll-dense+raw-accuracy mnist_eggroll.py eggroll-dense "${dense[@]}" --fitness accuracy --smoothing 0
-stage report 60 "$python" -m experiment.report "$out/runs"
-measure memory 60 speed.py --methods "${steps[@]::few}" --rounds 1 --memory
-measure more-memory 60 speed.py --methods "${others_steps[@]::few}" --rounds 1 --memory
+runs 0 eggroll-dense mnist_eggroll.py eggroll-dense "${dense[@]}"
+stage report 30 "$python" -m experiment.report "$out/runs"
 [[ ! -f "$out/failed" ]] || { echo "failed: $(paste -sd ' ' "$out/failed")"; exit 1; }

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
 from torch.profiler import profile
 
@@ -31,6 +32,22 @@ class Config(DeviceFlags):
     """Methods, or METHOD:POPULATION; without a population, the preset's."""
 
 
+def profile_of(name: str, device: torch.device) -> str:
+    """Return a method's operations as a table under a title, or why there are none."""
+    try:
+        step, captured = make(name, device).work()
+        with profile() as profiler:
+            for _ in range(STEPS):
+                step()
+            synchronise(device)
+    except RuntimeError as error:  # one method must not end the others
+        return f"{name} failed: {error}"
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=ROWS)
+    graph = ", each a graph" if captured else ""
+    return f"{name}, {STEPS} steps{graph}, {device_name(device)}\n{table}"
+
+
 def main() -> None:
     config = tyro.cli(Config, config=MARKERS)
     set_threads(config.threads)
@@ -38,15 +55,7 @@ def main() -> None:
     config.file.parent.mkdir(parents=True, exist_ok=True)
     with config.file.open("w") as file:
         for name in config.methods:
-            step = make(name, device).work()
-            with profile() as profiler:
-                for _ in range(STEPS):
-                    step()
-                synchronise(device)
-            kind = "cuda" if device.type == "cuda" else "cpu"
-            operations = profiler.key_averages()
-            table = operations.table(sort_by=f"self_{kind}_time_total", row_limit=ROWS)
-            file.write(f"{name}, {STEPS} steps, {device_name(device)}\n{table}\n\n")
+            file.write(f"{profile_of(name, device)}\n\n")
             file.flush()
     print(config.file)
 

@@ -11,11 +11,13 @@ the median and the deciles of turns of 50 ms, which alternate.
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -61,26 +63,47 @@ def count_of(evolution: Evolution | None) -> bounds.Counts:
     return bounds.backprop([(inputs, outputs) for outputs, inputs in weights], BATCH)
 
 
-def peak_memory(name: str, device: torch.device) -> Row:
+def peak_memory(device: torch.device, name: str) -> Row:
     """Return columns of this process's peak memory after a few steps, the data included."""
-    step = make(name, device).work()
-    reset_peak_memory(device)
+    step, _ = make(name, device).work()
+    allocated = reset_peak_memory(device)
     for _ in range(3):
         step()
-    return {"peak_memory_mb": round(peak_memory_mb(device), 1)} | card_memory(device)
+    return {"peak_memory_mb": round(peak_memory_mb(device), 1)} | card_memory(device, allocated)
+
+
+def peak_memory_alone(device: torch.device, name: str) -> Row:
+    """Return the same of a process that does nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(peak_memory, device, name).result()
+
+
+def of_each(
+    names: Iterable[str], call: Callable[[str], Any], failed: dict[str, str]
+) -> dict[str, Any]:
+    """Return what a call gives for each name; one that fails is noted and does not end the others.
+
+    Raises UserError for a name that is no method.
+    """
+    found = {}
+    for name in names:
+        try:
+            found[name] = call(name)
+        except UserError:
+            raise
+        except Exception as error:
+            failed[name] = f"{name} failed: {' '.join(str(error).split())[:200]}"
+    return found
 
 
 def measure(config: Config, device: torch.device) -> tuple[list[Row], list[str]]:
     """Return the rows, and a line for each method that failed."""
-    steps, trainings, failed = {}, {}, []
-    for name in config.methods:
-        try:
-            trainings[name] = make(name, device)
-            steps[name] = trainings[name].work()
-        except UserError:
-            raise
-        except Exception as error:  # one method must not end the others
-            failed.append(f"{name} failed: {' '.join(str(error).split())[:200]}")
+    memory, failed = {}, {}
+    if config.memory:  # before this process takes memory of a card
+        memory = of_each(config.methods, partial(peak_memory_alone, device), failed)
+    trainings = of_each(config.methods, lambda name: make(name, device), failed)
+    work = of_each(trainings, lambda name: trainings[name].work(), failed)
+    steps = {name: step for name, (step, _) in work.items()}
     operations = bounds.operations(device)
     seconds = shared.in_turn(steps | operations, device, config.rounds, turn=0.05)
     middle = {key: statistics.median(values) for key, values in seconds.items()}
@@ -91,12 +114,12 @@ def measure(config: Config, device: torch.device) -> tuple[list[Row], list[str]]
         bound = count_of(evolution).seconds(each)
         row = {"what": name, "population": evolution.population if evolution else ""}
         row |= times(seconds[name], bound, middle[BACKPROP])
-        if config.memory:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                row |= process.submit(peak_memory, name, device).result()
+        if device.type == "cuda":
+            row["graph"] = work[name][1]
+        row |= memory.get(name, {})
         shared.show(row, first=not rows)
         rows.append(row | shared.provenance(device))
-    return rows, failed
+    return rows, list(failed.values())
 
 
 def times(seconds: Sequence[float], bound: float, backprop: float) -> Row:

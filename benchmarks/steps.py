@@ -37,8 +37,8 @@ class Training(NamedTuple):
     optimizer: torch.optim.Optimizer
     evolution: Evolution | None = None
 
-    def work(self) -> Work:
-        """Return a call that takes a whole step, as in a script's loop."""
+    def work(self) -> tuple[Work, bool]:
+        """Return a call that takes a whole step, as in a script's loop, and if it is a graph."""
         step = GraphedStep(self.train, self.network, self.optimizer, self.evolution)
         schedule = make_schedule(self.optimizer, self.config, STEPS)
         rows, fitness = endless(self.data), torch.zeros((), device=self.data.mean.device)
@@ -48,7 +48,7 @@ class Training(NamedTuple):
             fitness.add_(step(next(rows)))
             schedule.step()
 
-        return work
+        return work, step.captured
 
 
 def make(name: str, device: torch.device) -> Training:

@@ -32,8 +32,8 @@ from eggroll.smoothing import Smoothing
 
 Estimator = BlockLowRank | LowRank | NodePerturbation
 
-# Numbers in the largest tensor of a chunk: what a CPU's caches hold, and enough to fill a card
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Numbers in the largest tensor of a chunk: what the caches hold (on a card a guess, not measured)
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 23}
 STEPS_BETWEEN_CHECKS = 50  # of the scores on a GPU, since the CPU has to wait for them
 
 
@@ -373,6 +373,8 @@ class Evolution:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        if self.draws and self.device.type == "cuda":
+            self._finite.fill_(True)  # in place: a captured step writes to it
         if self.smoothing:
             self.smoothing.scale.copy_(state["scale"])
 

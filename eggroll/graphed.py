@@ -43,8 +43,9 @@ def capture_cuda_graph(work: Work, generators: Generators) -> Work:
             work()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    for generator in generators():
-        graph.register_generator_state(generator)
+    if torch.__version__ < "2.15":  # later ones find the generators that are drawn from
+        for generator in generators():
+            graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         work()
     return graph.replay
@@ -78,6 +79,11 @@ class GraphedStep:
         self.capture: Capture | None = capture_cuda_graph if graph else None
         self._replay: Work | None = None
         self._fitness = torch.zeros(())
+
+    @property
+    def captured(self) -> bool:
+        """Return whether full batches are a graph; known after `warm_up`."""
+        return self._replay is not None
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """Train on a batch, and return its mean fitness, 0-d; a graph's next call overwrites it."""

@@ -92,27 +92,35 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def card_memory(device: torch.device) -> dict[str, float]:
+def card_memory(device: torch.device, warm_up_mb: float) -> dict[str, float]:
     """Return a card's memory in MB: peaks of tensors and of the allocator, and what is used now.
 
-    `used` counts everything on the card, CUDA's own and other processes' too. Empty elsewhere.
+    The peak of tensors includes that of the warm-up, `warm_up_mb`, since a graph allocates where it
+    is captured and not where it is repeated. `used` counts everything on the card, CUDA's own and
+    other processes' too. Empty elsewhere.
     """
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
     amounts = {
-        "allocated_mb": torch.cuda.max_memory_allocated(device),
-        "reserved_mb": torch.cuda.max_memory_reserved(device),
-        "used_mb": total - free,
+        "allocated_mb": max(torch.cuda.max_memory_allocated(device) / 2**20, warm_up_mb),
+        "reserved_mb": torch.cuda.max_memory_reserved(device) / 2**20,
+        "used_mb": (total - free) / 2**20,
     }
-    return {name: round(amount / 2**20, 1) for name, amount in amounts.items()}
+    return {name: round(amount, 1) for name, amount in amounts.items()}
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak of a GPU's memory, since warming up may need more than training does."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def reset_peak_memory(device: torch.device) -> float:
+    """Forget the peak of a GPU's memory, since warming up may need more than training does.
+
+    Return the peak of its tensors until then, in MB; 0 elsewhere.
+    """
+    if device.type != "cuda":
+        return 0.0
+    allocated = torch.cuda.max_memory_allocated(device) / 2**20
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return allocated
 
 
 class Clock:

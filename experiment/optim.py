@@ -1,11 +1,14 @@
 """torch's optimizers and schedules, chosen by flags."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
 from experiment.config import Config, FloatConfig
 
+OF_THE_DEVICE = ("fused", "capturable")  # options that depend on it
 WARM_UP = 0.2  # part of a onecycle schedule in which the learning rate rises
 
 
@@ -25,6 +28,13 @@ def make_optimizer(network: nn.Module, config: FloatConfig) -> torch.optim.Optim
             return torch.optim.Adam(weights, **options, capturable=cuda)
         case "adamw":
             return torch.optim.AdamW(weights, **options, capturable=cuda)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state that may have been saved on another device."""
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved.update((name, own[name]) for name in OF_THE_DEVICE if name in own)
+    optimizer.load_state_dict(state)
 
 
 def make_schedule(

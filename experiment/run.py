@@ -36,6 +36,7 @@ from experiment.device import (
 )
 from experiment.errors import Diverged, Interrupted
 from experiment.evaluation import evaluate_splits
+from experiment.optim import load_optimizer
 from experiment.progress import Progress
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
@@ -70,7 +71,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.fitness_sum = torch.zeros((), device=self.device)  # of the epoch so far
         self.clock = Clock(self.device)
-        self.compile_seconds = self.peak_mb = 0.0
+        self.compile_seconds = self.peak_mb = self.allocated_mb = 0.0
         self.stop = 0  # number of the signal that asked to stop
         self.writes = distributed.rank() == 0  # the other processes of a run write nothing
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -121,14 +122,16 @@ class Run:
     def warm_up(self, step: Any) -> None:
         """Let a step prepare itself, outside of the training time: lazy set-up is no training.
 
-        step  has warm_up(*batches), which leaves the weights as they are
+        step  has warm_up(*batches), which leaves the weights as they are, and captured
         """
         full, last = next(self._batches(0)), next(self._batches(0, self.steps_per_epoch - 1))
         clock = Clock(self.device)
         clock.start()
         step.warm_up((full,), (last,))  # the last batch of an epoch is smaller
         clock.stop()
-        reset_peak_memory(self.device)
+        self.allocated_mb = reset_peak_memory(self.device)
+        if step.captured:
+            self._say("a step is one CUDA graph")
         self.compile_seconds = self.compile_seconds or clock.seconds
 
     def epochs(self) -> Iterator[int]:
@@ -245,7 +248,7 @@ class Run:
                 self._write_config()
             return
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.evolution:
             self.evolution.load_state_dict(state["evolution"])
@@ -313,7 +316,7 @@ class Run:
         files.write_json(self.folder / "summary.json", summary)
 
     def _last_line(self) -> str:
-        memory = card_memory(self.device).items()
+        memory = card_memory(self.device, self.allocated_mb).items()
         card = "".join(f", {name.removesuffix('_mb')} {mb:,.0f}" for name, mb in memory)
         return (
             f"finished: test accuracy {self.rows[-1]['test_accuracy']:.2%} on {self.data.name}, "

@@ -149,7 +149,7 @@ MUTATIONS = {  # file, what stands there, what replaces it, tests
     ),
     "a checkpoint without the optimizer": (
         "experiment/run.py",
-        'self.optimizer.load_state_dict(state["optimizer"])',
+        'load_optimizer(self.optimizer, state["optimizer"])',
         "pass",
         RUNS,
     ),

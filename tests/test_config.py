@@ -16,7 +16,7 @@ from experiment.config import FloatConfig, as_flags
 from experiment.errors import Finished, Interrupted, UserError
 from experiment.files import write_json
 from experiment.fitness_file import load_fitness
-from experiment.optim import make_optimizer, make_schedule
+from experiment.optim import load_optimizer, make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,22 @@ def test_an_error_in_the_users_file_is_its_own(tmp_path):
 
 
 # ---- optimizers, clock, memory ----
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_state_keeps_the_options_of_its_device(fused):
+    network = nn.Linear(2, 2)
+    saved, loaded = (
+        torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, fused=f)
+        for f in (not fused, fused)
+    )
+    network(torch.ones(1, 2)).sum().backward()
+    saved.step()
+    load_optimizer(loaded, saved.state_dict())
+    assert loaded.param_groups[0]["fused"] == fused
+    for parameter in network.parameters():
+        momenta = (o.state[parameter]["momentum_buffer"] for o in (saved, loaded))
+        assert torch.equal(*momenta)
 
 
 @pytest.mark.parametrize(

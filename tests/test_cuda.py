@@ -39,11 +39,11 @@ def weights_after(kind, *, graph):
     cut = tuple(tensor[:30] for tensor in batches[2])
     step = training.step(graph=graph)
     step.warm_up(batches[0], cut)
-    assert (step._replay is not None) == graph
+    assert step.captured == graph
     fitness = []
     for number, batch in enumerate(batches):
         fitness.append(step(*(cut if number == 2 else batch)).item())
-        training.optimizer.param_groups[0]["lr"] *= 0.9
+        training.optimizer.param_groups[0]["lr"] *= 0.5  # exact in the float32 of a graph too
     return fitness, [p.detach().double().cpu() for p in training.network.parameters()]
 
 
@@ -62,9 +62,10 @@ def test_two_runs_of_one_seed_have_the_same_bits(kind):
 
 
 @KIND
-def test_no_step_waits_for_the_card(kind):
+@pytest.mark.parametrize("graph", [True, False])
+def test_no_step_waits_for_the_card(graph, kind):
     training = KINDS[kind](CUDA)
-    step, batches = training.step(), training.batches(3)
+    step, batches = training.step(graph=graph), training.batches(3)
     step.warm_up(batches[0])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -73,15 +74,6 @@ def test_no_step_waits_for_the_card(kind):
             step(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_a_step_that_waits_is_called_as_it_is():
-    training = KINDS["block low rank"](CUDA)
-    training = training._replace(train=lambda *batch: torch.tensor(float(batch[0].sum())))
-    step, (batch,) = training.step(), training.batches()
-    with pytest.warns(UserWarning, match="no CUDA graph"):
-        step.warm_up(batch)
-    assert step(*batch).item() == pytest.approx(batch[0].sum().item())
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -100,7 +92,7 @@ def test_every_optimizer_can_be_captured(name):
     step = GraphedStep(train, network, optimizer)
     step.warm_up((inputs,))
     losses = [-step(inputs).item() for _ in range(20)]
-    assert step._replay and losses[-1] < 0.9 * losses[0]
+    assert step.captured and losses[-1] < 0.9 * losses[0]
 
 
 ESTIMATORS = {
@@ -209,3 +201,13 @@ def test_a_resumed_run_has_the_bits_of_a_whole_one(kind, tmp_path, monkeypatch):
         train(kind, tmp_path / "stopped", "--device", "cuda", code=130)
     train(kind, tmp_path / "stopped", "--resume")
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
+
+
+def test_a_step_that_waits_is_called_as_it_is():
+    """The last test, since a capture that fails leaves older torch unfit for another."""
+    training = KINDS["block low rank"](CUDA)
+    training = training._replace(train=lambda *batch: torch.tensor(float(batch[0].sum())))
+    step, (batch,) = training.step(), training.batches()
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        step.warm_up(batch)
+    assert step(*batch).item() == pytest.approx(batch[0].sum().item())

@@ -60,7 +60,7 @@ def test_a_captured_step_has_the_bits_of_the_plain_loop(kind, monkeypatch):
         before = [weight.clone() for weight in weights]
         step.warm_up(batches[0], cut)
         assert all(map(torch.equal, before, weights))
-        assert (step._replay is None) == (capture is None)
+        assert step.captured == (capture is not None)
         fitness = []
         for number, batch in enumerate(batches):
             fitness.append(step(*(cut if number % 10 == 9 else batch)).item())
