@@ -1,7 +1,7 @@
 """Train the 784-256-256-10 MLP on MNIST by node perturbation in integers: int8 weights, no floats.
 
 python mnist_eggroll_int8.py                       # 98.4 % in 14 s on two cores
-python mnist_eggroll_int8.py --fitness accuracy    # raw 0/1 accuracy as the signal, smoothed
+python mnist_eggroll_int8.py --fitness accuracy    # 0/1 accuracy as the signal, smoothed
 """
 
 from dataclasses import dataclass

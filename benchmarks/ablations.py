@@ -134,7 +134,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.tick_params(labelbottom=True)
         places["population"].set_title(f"population: {law(rows)}", fontsize=12)
         figure.supylabel("validation accuracy (%)", fontsize=12)
-        figure.suptitle(f"eggroll, one setting changed at a time: {rows[0]['seeds']:g} seeds")
+        figure.suptitle(
+            "eggroll, one setting changed at a time; else 8,320 members, one epoch\n"
+            f"mean and standard deviation of {rows[0]['seeds']:g} seeds"
+        )
         save(figure, path.parent, path.stem)
 
 
@@ -149,7 +152,7 @@ def draw_panel(axes: Axes, setting: str, rows: Sequence[Row]) -> None:
         axes.annotate(f"{mean:.1f}", (place, mean + above), bbox=paper, **text)
     axes.set_title(setting, fontsize=12)
     names = [f"{v:,g}" if isinstance(v, float) else v for v in (row["value"] for row in rows)]
-    axes.set_xticks(range(len(rows)), [name.replace(" ", "\n") for name in names])
+    axes.set_xticks(range(len(rows)), [name.replace(" ", "\n") for name in names], fontsize=10)
     axes.margins(x=0.15)
 
 

@@ -173,7 +173,7 @@ def measure(es: Estimator, network: MLP, data: Dataset, draws: int) -> list[Row]
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw the cosine of all weights by members and by sigma: measured as dots, theory as lines."""
+    """Draw the cosine of all weights by members and by sigma: measured as marks, theory lines."""
     panels = []
     for column, other, usual in (("members", "sigma", "sigma"), ("sigma", "members", "population")):
         for name, (base, _) in SWEEPS.items():
@@ -183,10 +183,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 own = [r for r in chosen if r["point"] == point and r["rank"] in (1, "")]
                 own.sort(key=lambda row: row[column])
                 x, paint = [r[column] for r in own], f"C{index}"
-                series.append(Series(point, x, [r["cosine"] for r in own], "o", paint))
+                series.append(Series(point, x, [r["cosine"] for r in own], "os^"[index], paint))
                 series.append(Series("", x, [r["cosine_in_theory"] for r in own], "-", paint))
             panels.append(Panel(f"{name}, {other} {key[-1]}", column, "cosine", series))
-    draw(path, "Cosine with autograd's gradient: dots. In theory, for small sigma: lines", panels)
+    draw(path, "Cosine with autograd's gradient: marks. In theory, for small sigma: lines", panels)
 
 
 def main() -> None:

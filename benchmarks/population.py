@@ -27,22 +27,27 @@ def row_of(run: Path) -> Row:
     summary = json.loads((run / "summary.json").read_text())
     steps, seconds = summary["steps"], summary["train_seconds"]
     batches = -(-60_000 // flags["batch_size"])  # of an epoch
+    accuracy, whole = f"{100 * summary['test_accuracy']:.2f}", steps // batches
     return {
         "method": run.name,
         "signal": "accuracy" if flags["smoothing"] == 0 else "accuracy, smoothed",
         "members": summary["population"],
         "epochs": round(steps / batches, 2),
-        "test_accuracy": f"{100 * summary['test_accuracy']:.2f}",
+        "test_accuracy": accuracy if steps % batches == 0 else f"{accuracy} after {whole}",
         "seconds": round(seconds),
         "seconds_of_ten_epochs": round(10 * batches * seconds / steps),
         "memory_mb": round(summary["peak_memory_mb"]),
     } | provenance_of(run)
 
 
+def has_epoch(summary: Path) -> bool:
+    return json.loads(summary.read_text())["epochs"] > 0
+
+
 def plot(runs: Sequence[Path], device: str, path: Path) -> None:
     """Draw test accuracy by seconds, a line for each run."""
     series = []
-    for run in runs:
+    for run in runs:  # each has finished an epoch
         points = [
             (row["train_seconds"], 100 * row["test_accuracy"])
             for row in read_metrics(run)
@@ -65,7 +70,9 @@ def main() -> None:
             folder = Path(name)
         case words:
             raise UserError(f"expected a folder of runs, got {' '.join(words) or 'nothing'}")
-    runs = sorted(path.parent for path in folder.glob("*/summary.json"))
+    runs = sorted(path.parent for path in folder.glob("*/summary.json") if has_epoch(path))
+    if not runs:
+        raise UserError(f"no run in {folder} has finished an epoch")
     rows = [row_of(run) for run in runs]
     write_csv(folder / "population.csv", rows, list(rows[0]))
     plot(runs, rows[0]["device"], folder / "population.csv")

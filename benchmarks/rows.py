@@ -143,10 +143,12 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
                 entries.values(), entries, loc="outside lower center", ncols=3, fontsize=10
             )
         for axes, panel in zip(grid.flat, panels, strict=False):
-            rows = [zip(s.notes, s.x, s.y, strict=True) for s in panel.series if s.notes]
-            write_labels(
-                figure, axes, [Label(*row, "black") for each in rows for row in each], fontsize=10
-            )
+            labels = [
+                Label(*note, s.colour or "black")
+                for s in panel.series
+                for note in (zip(s.notes, s.x, s.y, strict=True) if s.notes else ())
+            ]
+            write_labels(figure, axes, labels, fontsize=10)
         save(figure, path.parent, path.stem)
 
 

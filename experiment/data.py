@@ -203,7 +203,7 @@ def _ensure_files(name: str, data_dir: Path) -> Path:
     raise DataMissing(
         f"no {name} in {raw}, and the download failed ({reason[:120]}): put the four files "
         f"there, or name the folder that holds {kind.__name__}/raw with --data-dir or MNIST_DIR, "
-        f"or type --dataset {SAMPLE} for 5,000 digits that need no network"
+        f"or train with --dataset {SAMPLE}, 5,000 digits that need no network"
     )
 
 

@@ -19,13 +19,13 @@ def draw(rows: Sequence[Mapping[str, Any]], grid: Any, title: str, path: Path) -
     """Write path.png and path.svg; returns their paths, [] where it has fewer than two scales.
 
     rows  as in trials.csv
-    grid  has settings and preset
+    grid  has flags, settings and preset
     """
     names = [name for name, values in grid.settings.items() if _is_scale(values)][:2]
     cells = best_cells(rows, *names) if len(names) == 2 else {}
     if not cells:
         return []
-    title += f": mean validation accuracy of {len(rows[0]['seeds'].split())} seeds (%)"
+    title += f" {grid.flags}\nmean validation accuracy of {len(rows[0]['seeds'].split())} seeds (%)"
     others = [name for name in grid.settings if name not in names]
     if others:
         title += f"\nbest over {', '.join(others)}"

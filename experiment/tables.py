@@ -67,8 +67,11 @@ def markdown(rows: Sequence[Mapping[str, str]], columns: Sequence[str] | None = 
         raise UserError(f"expected columns of {', '.join(rows[0])}, got {', '.join(unknown)}")
     lines = [[name.replace("_", " ") for name in shown], ["---"] + ["---:"] * len(shown[1:])]
     lines += [[row[name] for name in shown] for row in rows]
-    where = dict.fromkeys(f"{row['device']}, commit {row['commit'][:7]}" for row in rows)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{'; '.join(where)}\n"
+    where: dict[str, dict[str, None]] = {}  # commits of each device, in their order
+    for row in rows:
+        where.setdefault(row["device"], {})[row["commit"][:7]] = None
+    places = [f"{device}, commit {', '.join(commits)}" for device, commits in where.items()]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + f"\n{'; '.join(places)}\n"
 
 
 def markdown_tables(summaries: Sequence[Summary]) -> str:

@@ -99,6 +99,7 @@ def test_the_three_estimators_are_those_of_the_presets_and_do_what_is_written():
     measured = {}
     for preset, estimator in estimators.PRESETS.items():
         assert estimator == mnist_eggroll.PRESETS[preset].es
+        assert estimators.INIT_SCALES[preset] == mnist_eggroll.PRESETS[preset].init_scale
         measured[preset] = estimators.measure(preset)
     dense, blocks, nodes = measured.values()
     assert [m.members for m in (dense, blocks, nodes)] == [2, 32, 16]

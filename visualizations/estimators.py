@@ -26,11 +26,12 @@ from model import MLP
 from visualizations.canvas import GREY, HEADING, arrow, box, caption, heatmap, sheet, write
 
 BATCH, SEED = 128, 0
-PRESETS = {  # those of mnist_eggroll.py
+PRESETS = {  # those of mnist_eggroll.py, as are their initial weights
     "eggroll-dense": LowRank(832),
     "eggroll": BlockLowRank((8192, 8192, 256)),
     "node-perturbation": NodePerturbation(),
 }
+INIT_SCALES = {"eggroll-dense": 0.5, "eggroll": 0.1, "node-perturbation": 0.5}
 LAYERS = ((8, 10), (8, 8), (4, 8))  # outputs and inputs of the small MLP
 EXAMPLES, UNITS = 10, 2  # of its batch, and of a block
 BLOCK = slice(UNITS, 2 * UNITS)  # the block that the drawn member perturbs
@@ -68,7 +69,7 @@ def first_batch() -> tuple[Tensor, Tensor, Tensor]:
 def measure(preset: str) -> Measured:
     """Compare one step's estimate with autograd's gradient."""
     inputs, _, labels = first_batch()
-    network = MLP(seed=SEED)
+    network = MLP(seed=SEED, init_scale=INIT_SCALES[preset])
     evolution = Evolution(network, cross_entropy, PRESETS[preset], seed=SEED)
     scores = evolution.evaluate(inputs, labels)
     evolution.backward(scores)

@@ -3,8 +3,8 @@
 python -m visualizations.learning    # MNIST, some minutes on one core
 python -m visualizations.learning --dataset mnist-sample --out film.gif   # 5,000 digits
 
-Both start from the same weights and take the same batches in the same order, with the settings of
-the presets in mnist_backprop.py and mnist_eggroll.py but for 2 epochs.
+Both start from the same weights, EGGROLL's, and take the same batches in the same order; other
+settings are those of the presets in mnist_backprop.py and mnist_eggroll.py, but for 2 epochs.
 
 Most of EGGROLL's weights are noise in directions that images hardly have. So the film also shows
 how a unit's output varies with each pixel: the weights times the covariance of the pixels.
