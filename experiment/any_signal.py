@@ -44,7 +44,7 @@ def any_signal_figure(summaries: Summaries, where: str) -> Figure:
     for axes, (title, part) in zip(grid[:, 0], panels.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=12)
         labels[axes] = _draw_panel(axes, part, low)
-    for axes, own in labels.items():  # at last, since names of rows change the width
+    for axes, own in labels.items():  # once all rows have names, which change the width
         write_labels(figure, axes, own, fontweight="bold", fontsize=10)
     return figure
 
