@@ -182,8 +182,8 @@ def test_the_time_of_ten_epochs_follows_from_an_interrupted_run(tmp_path):
     assert row["signal"] == "accuracy" and row["test_accuracy"] == "97.50"
     path = tmp_path / "run" / "summary.json"
     summary = json.loads(path.read_text())
-    for epochs, steps, shown in ((1, 600, "97.50 after 1"), (0, 200, None)):
-        path.write_text(json.dumps(summary | {"epochs": epochs, "steps": steps}))
+    for epochs, taken, shown in ((1, 600, "97.50 after 1"), (0, 200, None)):
+        path.write_text(json.dumps(summary | {"epochs": epochs, "steps": taken}))
         done = run_command(sys.executable, ROOT / "benchmarks" / "population.py", tmp_path)
         if shown:
             assert read_csv(tmp_path / "population.csv")[0]["test_accuracy"] == shown
