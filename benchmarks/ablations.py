@@ -80,16 +80,15 @@ class Config:
     """CPU threads of a run."""
 
 
-def train(config: Config, typed: str, folder: Path) -> Mapping[str, Any]:
+def train(config: Config, typed: str, folder: Path, seed: int) -> Mapping[str, Any]:
     """Return the summary of the run FOLDER/seed<k>."""
     words, command = typed.split(), COMMANDS["eggroll"]
     if words and not words[0].startswith("--"):
         command = ("benchmarks/baselines.py", words.pop(0))
     # of a flag that is typed twice, the last counts
     flags = [*words, *TINY] if config.tiny else [*USUAL, *words]
-    flags += ["--dataset", config.dataset, "--threads", str(config.threads)]
-    flags += ["--seed", folder.name.removeprefix("seed")]
-    return finish(command, folder, *flags)
+    flags += ["--dataset", config.dataset, "--threads", str(config.threads), "--seed", str(seed)]
+    return finish(command, folder / f"seed{seed}", *flags)
 
 
 def measure(config: Config) -> Iterator[tuple[Row, Path]]:
@@ -97,9 +96,9 @@ def measure(config: Config) -> Iterator[tuple[Row, Path]]:
     for setting in config.settings:
         for value, typed in ABLATIONS[setting].items():
             name = "_".join(typed.replace("--", "").split()) or "usual"
+            folder = config.out_dir / "runs" / name
             seeds = range(1 if config.tiny else config.seeds)
-            folders = [config.out_dir / "runs" / name / f"seed{seed}" for seed in seeds]
-            runs = [train(config, typed, folder) for folder in folders]
+            runs = [train(config, typed, folder, seed) for seed in seeds]
             runs = [run for run in runs if run["status"] == "finished"]
             accuracies = [100 * run["validation_accuracy"] for run in runs]
             row = {
@@ -111,7 +110,7 @@ def measure(config: Config) -> Iterator[tuple[Row, Path]]:
                 "seconds": round(_median(runs, "train_seconds"), 1),
                 "memory_mb": round(_median(runs, "peak_memory_mb")),
             }
-            yield row, folders[0]
+            yield row, folder / "seed0"
 
 
 def _median(runs: Sequence[Mapping[str, Any]], name: str) -> float:

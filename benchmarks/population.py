@@ -27,13 +27,13 @@ def row_of(run: Path) -> Row:
     summary = json.loads((run / "summary.json").read_text())
     steps, seconds = summary["steps"], summary["train_seconds"]
     batches = -(-60_000 // flags["batch_size"])  # of an epoch
-    accuracy, whole = f"{100 * summary['test_accuracy']:.2f}", steps // batches
+    accuracy = f"{100 * summary['test_accuracy']:.2f}"
     return {
         "method": run.name,
         "signal": "accuracy" if flags["smoothing"] == 0 else "accuracy, smoothed",
         "members": summary["population"],
         "epochs": round(steps / batches, 2),
-        "test_accuracy": accuracy if steps % batches == 0 else f"{accuracy} after {whole}",
+        "test_accuracy": accuracy + (f" after {summary['epochs']}" if steps % batches else ""),
         "seconds": round(seconds),
         "seconds_of_ten_epochs": round(10 * batches * seconds / steps),
         "memory_mb": round(summary["peak_memory_mb"]),

@@ -120,8 +120,8 @@ def cost_figure(summaries: Summaries, title: str) -> Figure:
     for axes, (column, label, text) in zip(both, COSTS, strict=True):
         values = [[float(s[column]) for s in summaries if s["row"] == m] for m in methods]
         axes.barh(methods, list(map(np.median, values)), color=list(map(colour, methods)))
+        ends = list(map(min, values)), list(map(max, values))
         for paint, width in (("white", 4), ("black", 1.5)):  # black alone is lost on dark bars
-            ends = list(map(min, values)), list(map(max, values))
             axes.hlines(methods, *ends, color=paint, lw=width)
         for place, own in enumerate(values):
             number, end = text.format(np.median(own)), (max(own), place)
